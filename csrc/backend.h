@@ -1,0 +1,64 @@
+// What a device must do for the forward pass: ten coarse verbs. model/ calls them in order and knows no device;
+// cpu/ and cuda/ implement them and know no model loop. A backend owns its activations and its key/value pages.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "config.h"
+
+namespace pyllama {
+
+// Tokens of the key/value cache are kept in pages of this many; also the block of keys of one online-softmax update.
+constexpr int kPageTok = 64;
+
+// A run of consecutive tokens of one sequence inside a step.
+struct Span {
+  int first = 0;                 // row of its first token in the step
+  int n_tok = 0;
+  int pos = 0;                   // absolute position of its first token
+  const int* pages = nullptr;    // page ids that cover positions 0 … pos + n_tok - 1
+};
+
+// One step: n_tok rows, cut into spans; logits are wanted for n_out of the rows.
+struct Step {
+  int n_tok = 0;
+  const int32_t* tokens = nullptr;   // [n_tok]
+  const int32_t* pos = nullptr;      // [n_tok] absolute positions
+  int n_spans = 0;
+  const Span* spans = nullptr;       // [n_spans], rows ascending, disjoint, covering all rows
+  int n_out = 0;
+  const int32_t* out_rows = nullptr; // [n_out] ascending
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual const char* name() const = 0;
+  virtual int max_batch_tok() const = 0;   // the largest n_tok of a step
+  virtual int new_page() = 0;              // an id; the page's content is unspecified but finite
+  virtual void free_page(int page) = 0;
+  virtual void copy_page(int to, int from) = 0;
+
+  // A step, in this order. x is the residual stream [n_tok, dim], held by the backend.
+  virtual void begin(const Step& step) = 0;   // the step must outlive end()
+  virtual void embed() = 0;                   // x = tok_embeddings[tokens]
+  virtual void attention_in(int layer) = 0;   // q,k,v = rope(W·norm(x) + b); append k,v to the pages
+  virtual void attention(int layer) = 0;      // o = softmax(q·kᵀ/√head_dim)·v, causal, per head
+  virtual void attention_out(int layer) = 0;  // x += wo·o
+  virtual void mlp_in(int layer) = 0;         // h = silu(w_gate·norm(x)) ⊙ (w_up·norm(x))
+  virtual void mlp_out(int layer) = 0;        // x += w_down·h
+  virtual void head() = 0;                    // logits = output·norm(x[out_rows])
+  virtual const float* logits() = 0;          // host memory [n_out, vocab_size], valid until the next begin()
+  virtual void end() = 0;                     // also called after an exception; workers may sleep again
+};
+
+struct CpuOptions {
+  int threads = 0;         // 0: one per physical core that affinity and cgroup allow
+  const char* isa = "";    // "": the best one; else scalar | avx2 | avxvnni | avx512vnni
+  int max_batch_tok = 512;
+};
+std::unique_ptr<Backend> make_cpu_backend(const Config&, const ModelWeights&, const CpuOptions&);
+
+}  // namespace pyllama

@@ -1,0 +1,73 @@
+"""The extension's Python surface (csrc/bindings.cpp). One `Model.step` call per token step, GIL released."""
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Weight:
+    """A tensor as it lies in a model folder (docs/FORMAT.md): no copy, `data` is kept alive.
+
+    `data`: a 64-byte aligned buffer of uint8. Raises ModelFormatError when size, shape or numbers do not fit together.
+    """
+    def __init__(
+        self, name: str, format: str, shape: Seq[int], data: Any, *, group: int = 0, scale: str = "f16",
+        offset: str = "", codebook: Seq[int] = (), input_order: bool = False,
+    ) -> None: ...
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+class Sampler:
+    """How the next token is chosen; immutable. Stages in order: logit bias, penalties, temperature, top-k, top-p, min-p."""
+    def __init__(
+        self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+        repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
+        logit_bias: dict[int, float] = ..., logprobs: int = -1, seed: int = 0,
+    ) -> None: ...
+
+class Sequence:
+    """Tokens of one text and the pages of its key/value cache. Made by Model.sequence(); freed with its last reference."""
+    n_past: int                   # tokens whose keys and values are in the cache
+    tokens: list[int]             # those tokens, then a sampled one that has not been fed yet is *not* included
+    prompt_len: int               # settable: tokens before this count as prompt for presence/frequency penalties
+    def truncate(self, n: int) -> None: ...
+    def close(self) -> None: ...  # give the pages back now
+
+class StepResult:
+    token: int                                 # the sampled token, -1 if none was asked for
+    logprob: float                             # of the sampled token, nan unless logprobs >= 0
+    top_logprobs: list[tuple[int, float]]
+    logits: NDArray[np.float32] | None         # [1, vocab] for "last", [n, vocab] for "all", else None
+
+class Model:
+    """Weights and a backend: immutable, shared by all sequences. `step` may be called from one thread at a time (it locks)."""
+    def __init__(
+        self, config: dict[str, Any], weights: dict[str, Weight], *, threads: int = 0, isa: str = "", max_batch_tok: int = 512,
+    ) -> None: ...
+    # config: dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size max_seq_len norm_eps
+    #         rope_inv_freq (float32 [head_dim/2]) rope_attention_factor tied_embeddings
+    threads: int
+    isa: str
+    max_batch_tok: int
+    def sequence(self) -> Sequence: ...
+    def step(self, batch: Seq[tuple[Sequence, Any, Sampler | None, str]]) -> list[StepResult]:
+        """Runs the tokens of every item through the model in one pass.
+
+        An item is (sequence, int32 token ids (at least one), sampler or None, logits: "none" | "last" | "all").
+        Raises ValueError for a token out of range or more than max_batch_tok tokens in all; KeyboardInterrupt between
+        layers when Ctrl-C is pending: then no sequence has changed.
+        """
+        ...
+
+def isas() -> list[str]: ...              # instruction sets that this machine runs and this build has, best first
+def all_isas() -> list[str]: ...          # those that this build has
+def format_table() -> list[dict[str, Any]]: ...
+def default_threads() -> int: ...
+def build_info() -> dict[str, str]: ...   # compiler, version
+def read_bandwidth(threads: int, seconds: float) -> float: ...   # GB/s, streaming read of a buffer beyond the caches
+
+class ops:  # a submodule: single kernels for tests and benchmarks
+    ...
