@@ -1,0 +1,87 @@
+# One command sets up, one tests, one benchmarks. Everything goes into $(VENV) and build/; nothing is installed elsewhere.
+# VENV=path uses another virtual environment; PYTHON=python3.12 makes it with another interpreter.
+# PYTEST_ARGS="-k sampler -x" is handed to pytest.
+
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST_ARGS ?=
+PY = $(abspath $(VENV))/bin/python
+BIN = $(abspath $(VENV))/bin
+PIP = $(PY) -m pip --disable-pip-version-check --quiet
+BUILD_TOOLS = "setuptools>=77" "pybind11>=3.0" "cmake>=3.18" "ninja>=1.10"
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+DEMO_MODEL = demo-model
+
+.DEFAULT_GOAL := help
+.PHONY: help venv dev demo test test-oracles test-qemu asan lint format bench bench-peers dist-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# ---------------------------------------------------------------------------------------------------- setting up
+
+$(PY):
+	PYTHON=$(PYTHON) scripts/make_venv.sh $(VENV)
+
+venv: $(PY)
+
+# The editable install and its tools; redone when pyproject.toml changes. Shares its objects with `make dev`.
+$(VENV)/.pyllama-dev: pyproject.toml | $(PY)
+	$(PIP) install $(BUILD_TOOLS)
+	PYLLAMA_BUILD_DIR=build/dev PYLLAMA_WERROR=1 $(PIP) install --no-build-isolation -e '.[demo,test,dev]'
+	@touch $@
+
+dev: $(VENV)/.pyllama-dev  ## editable install into $(VENV); afterwards an incremental rebuild in seconds
+	@PYLLAMA_BUILD_DIR=build/dev PYLLAMA_WERROR=1 $(PY) setup.py --quiet build_ext --inplace
+
+clean:  ## remove everything that was built (not the virtual environment)
+	rm -rf build dist *.egg-info pyllama/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO_MODEL)
+
+# ---------------------------------------------------------------------------------------------------- demo
+
+demo:  ## from nothing to an answer: set up, quantize the demo model, ask it, chat
+	@VENV=$(VENV) PYTHON=$(PYTHON) DEMO_MODEL=$(DEMO_MODEL) scripts/demo.sh
+
+# ---------------------------------------------------------------------------------------------------- tests
+
+test: dev  ## the suite that needs no torch
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+$(VENV)/.pyllama-oracles: pyproject.toml $(VENV)/.pyllama-dev
+	VENV=$(VENV) scripts/install_oracles.sh
+	@touch $@
+
+test-oracles: dev $(VENV)/.pyllama-oracles  ## live comparisons with torch, transformers and others
+	$(PY) -m pytest -o addopts="-ra --strict-markers --strict-config" tests/oracles $(PYTEST_ARGS)
+
+test-qemu: dev  ## kernels and forward pass on an emulated processor without AVX2
+	VENV=$(VENV) scripts/test_qemu.sh $(PYTEST_ARGS)
+
+asan: $(VENV)/.pyllama-dev  ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
+	VENV=$(VENV) scripts/asan.sh $(PYTEST_ARGS)
+
+# ---------------------------------------------------------------------------------------------------- style
+
+lint: $(VENV)/.pyllama-dev  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.pyllama-dev  ## rewrite the sources in house style
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# ---------------------------------------------------------------------------------------------------- speed
+
+bench: dev  ## speed of the demo model and of a random 1B model
+	$(BIN)/pyllama bench demo
+	$(BIN)/pyllama bench --synthetic 1b --format q4 --group-size 32
+
+bench-peers: dev  ## side by side with llama-cpp-python (built from source into $(VENV))
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) install '.[bench]' --no-build-isolation
+	$(PY) benchmarks/compare.py
+
+dist-check: $(PY)  ## the wheel and the source distribution install and run outside this folder
+	VENV=$(VENV) scripts/dist_check.sh
