@@ -9,7 +9,7 @@ PY = $(abspath $(VENV))/bin/python
 BIN = $(abspath $(VENV))/bin
 PIP = $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_TOOLS = "setuptools>=77" "pybind11>=3.0" "cmake>=3.18" "ninja>=1.10"
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 DEMO_MODEL = demo-model
 
 .DEFAULT_GOAL := help
@@ -48,7 +48,7 @@ test: dev  ## the suite that needs no torch
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 $(VENV)/.pyllama-oracles: pyproject.toml $(VENV)/.pyllama-dev
-	VENV=$(VENV) scripts/install_oracles.sh
+	PYLLAMA_BUILD_DIR=build/dev PYLLAMA_WERROR=1 $(PIP) install --no-build-isolation -e '.[oracles]'
 	@touch $@
 
 test-oracles: dev $(VENV)/.pyllama-oracles  ## live comparisons with torch, transformers and others

@@ -1,7 +1,8 @@
 """Builds the extension pyllama._C with CMake; everything else about the package stands in pyproject.toml.
 
 Environment: PYLLAMA_BUILD_DIR (objects; kept, so that a rebuild takes seconds), PYLLAMA_WERROR=1, PYLLAMA_SANITIZE=1,
-CXX, CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL. Compiles nothing itself and chooses no instruction set: CMakeLists.txt does.
+CXX, CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL.
+Compiles nothing itself and chooses no instruction set: CMakeLists.txt does.
 """
 
 from __future__ import annotations
