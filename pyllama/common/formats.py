@@ -1,15 +1,15 @@
 """The weight formats: the Python twin of csrc/formats.h, and the bytes of docs/FORMAT.md in both directions.
 
-A weight is seen in three ways: `TensorSpec` says what it is, `Packed` holds its plain numbers ([N, K] codes, [N, G] scales), and
-a payload (uint8) holds them in tiles. `pack` and `unpack` are exact inverses; `dequantize` is the table "value of a weight".
-Nothing here chooses codes (quantize/methods/) or touches files (model_folder.py, quantize/writer.py).
+A weight is seen in three ways: `TensorSpec` says what it is, `Packed` holds its plain numbers ([N, K] codes, [N, G]
+scales), and a payload (uint8) holds them in tiles. `pack` and `unpack` are exact inverses; `dequantize` is the table
+"value of a weight". Nothing here chooses codes (quantize/methods/) or touches files (model_folder.py, writer.py).
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -50,6 +50,9 @@ FORMATS: dict[str, FormatInfo] = {
         FormatInfo("q4nl", 4, True, False, True, 0),
     )
 }
+
+# The codebook of q4nl unless a method finds a better one: steps grow with magnitude, as weights are denser near zero.
+Q4NL_CODEBOOK = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 # How numbers lie in memory: bf16 has no numpy type, its bits travel as uint16.
 STORAGE: dict[str, np.dtype[Any]] = {
@@ -92,7 +95,7 @@ def to_float32(stored: NDArray[Any], number: str) -> NDArray[np.float32]:
 
 
 def from_float32(values: ArrayLike, number: str) -> NDArray[Any]:
-    """float32 values rounded to the nearest number of the kind `f32 f16 bf16`; beyond its range they become infinite."""
+    """float32 values rounded to the nearest number of the kind `f32 f16 bf16`; infinite beyond its range."""
     if number == "bf16":
         return to_bf16(values)
     with np.errstate(over="ignore"):
@@ -121,8 +124,8 @@ class Section:
 class TensorSpec:
     """What a stored tensor is: everything of its metadata except the checksum. Checked when made.
 
-    `shape` is [N, K] for a matrix, [N] for a vector (f32 only). `group`, `offset` and `codebook` are empty where the format has
-    none. Raises ModelFormatError that names the tensor.
+    `shape` is [N, K] for a matrix, [N] for a vector (f32 only). `group`, `offset` and `codebook` are empty where the
+    format has none. Raises ModelFormatError that names the tensor.
     """
 
     name: str
@@ -144,7 +147,7 @@ class TensorSpec:
         self._check_shape()
         self._check_numbers()
 
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str) -> NoReturn:
         raise ModelFormatError(f"{self.name}: {what}")
 
     def _integers(self, what: str, values: Any) -> tuple[int, ...]:
@@ -302,7 +305,7 @@ def parse_metadata(name: str, text: str) -> dict[str, Any]:
 class Packed:
     """A tensor's stored numbers in plain order, before tiling.
 
-    codes: 4-bit uint8 [N, K] of 0…15; q8 int8 [N, K]; f32 float32, f16 float16, bf16 uint16 (bits) [N, K], or float32 [N].
+    codes: 4-bit uint8 [N, K] of 0…15; q8 int8 [N, K]; dense float32, float16 or uint16 (bf16's bits) [N, K]; float32 [N].
     scales: [N, G] float16, or uint16 holding bf16; None for dense formats.
     offsets: [N, G] float16, uint16 (bf16) or uint8, as the spec's `offset` says; None without.
     input_order: int32 [K], a permutation; None without.
@@ -322,8 +325,8 @@ def dense(spec: TensorSpec, values: NDArray[np.float32]) -> Packed:
 def pack(spec: TensorSpec, packed: Packed) -> NDArray[np.uint8]:
     """The payload of a tensor: uint8 [spec.payload_bytes], padding zero.
 
-    Raises ModelFormatError when an array's shape or type is not what the spec demands, a code exceeds 15, or input_order
-    is no permutation. Source: docs/FORMAT.md, "Tiles".
+    Raises ModelFormatError when an array's shape or type is not what the spec demands, a code exceeds 15, or
+    input_order is no permutation. Source: docs/FORMAT.md, "Tiles".
     """
     payload = np.zeros(spec.payload_bytes, dtype=np.uint8)
     pack_rows(spec, payload, packed, 0)
@@ -331,10 +334,10 @@ def pack(spec: TensorSpec, packed: Packed) -> NDArray[np.uint8]:
 
 
 def pack_rows(spec: TensorSpec, payload: NDArray[np.uint8], packed: Packed, first_row: int) -> None:
-    """Puts rows first_row… of a tensor into a zeroed payload, so that a big tensor need not be held whole in plain order.
+    """Puts rows first_row… of a tensor into a zeroed payload, so that a big one need not be held whole in plain order.
 
-    `packed` holds the rows of a block; a block starts at a multiple of 16 and, unless it ends the tensor, has a multiple of 16
-    rows. input_order is the whole tensor's in every block. Raises ModelFormatError like `pack`.
+    `packed` holds the rows of a block; a block starts at a multiple of 16 and, unless it ends the tensor, has a
+    multiple of 16 rows. input_order is the whole tensor's in every block. Raises ModelFormatError like `pack`.
     """
     n_rows = int(packed.codes.shape[0]) if packed.codes.ndim else 0
     last_row = first_row + n_rows
@@ -386,23 +389,24 @@ def unpack(spec: TensorSpec, payload: NDArray[np.uint8]) -> Packed:
 def dequantize(spec: TensorSpec, packed: Packed) -> NDArray[np.float32]:
     """The values of a weight: float32 [N, K] (or [N]), columns in the order of the inputs.
 
-    With input_order, stored column k is column input_order[k] of the result. Source: docs/FORMAT.md, "Value of a weight".
+    With input_order, stored column k is column input_order[k] of the result. Source: FORMAT.md, "Value of a weight".
     """
     if not spec.info.quantized:
         return to_float32(packed.codes, spec.format)
-    if packed.scales is None or (spec.offset and packed.offsets is None):
+    if packed.scales is None or (packed.offsets is None) != (not spec.offset):
         raise ModelFormatError(f"{spec.name}: format {spec.format} without scales or offsets")
     scales = _per_column(to_float32(packed.scales, spec.scale), spec)
     if spec.info.has_codebook:
         codes = np.array(spec.codebook, dtype=np.float32)[packed.codes]
     else:
         codes = packed.codes.astype(np.float32) - np.float32(spec.info.code_bias)
-    if spec.offset == "u8":
-        codes -= _per_column(to_float32(packed.offsets, "u8"), spec)  # type: ignore[arg-type]
-    with np.errstate(over="ignore"):  # a bf16 scale may be huge; check_finite() says so in words
+    offsets = None if packed.offsets is None else _per_column(to_float32(packed.offsets, spec.offset), spec)
+    with np.errstate(over="ignore", invalid="ignore"):  # check_finite() says so in words
+        if offsets is not None and spec.offset == "u8":
+            codes -= offsets
         values: NDArray[np.float32] = scales * codes
-        if spec.offset in ("f16", "bf16"):
-            values += _per_column(to_float32(packed.offsets, spec.offset), spec)  # type: ignore[arg-type]
+        if offsets is not None and spec.offset != "u8":
+            values += offsets
     if packed.input_order is None:
         return values
     ordered = np.empty_like(values)
@@ -412,15 +416,13 @@ def dequantize(spec: TensorSpec, packed: Packed) -> NDArray[np.float32]:
 
 def check_finite(spec: TensorSpec, packed: Packed) -> None:
     """Raises ModelFormatError naming the tensor if any of its values is NaN or infinite."""
-    if not spec.info.quantized:
+    if packed.scales is None:
         values = to_float32(packed.codes, spec.format)
     else:
-        values = to_float32(packed.scales, spec.scale)  # type: ignore[arg-type]
-        if spec.offset == "u8":
-            values = values * np.float32(255)
-        elif spec.offset:
-            with np.errstate(over="ignore"):
-                values = np.abs(values) * np.float32(15) + np.abs(to_float32(packed.offsets, spec.offset))  # type: ignore[arg-type]
+        with np.errstate(over="ignore"):  # the largest magnitude that the group's codes could make of them
+            values = np.abs(to_float32(packed.scales, spec.scale)) * np.float32(255 if spec.offset == "u8" else 128)
+            if spec.offset in ("f16", "bf16") and packed.offsets is not None:
+                values += np.abs(to_float32(packed.offsets, spec.offset))
     finite = np.isfinite(values)
     if not finite.all():
         where = [int(i) for i in np.argwhere(~finite)[0]]

@@ -1,0 +1,306 @@
+"""Round to nearest with a search for each group's scale: needs the weights alone, no calibration data.
+
+A group's error as a function of its scale has many local minima. Some two dozen trial scales are tried around the one
+that just covers the largest weight; for each, the best scale for the codes it gives is known in closed form (least
+squares), so trials are ranked without rounding. The winner is refitted a few times, its scale rounded to f16 before
+the codes are chosen again, and is kept only where it beats plain rounding. Works on arrays of [width, groups]: groups
+run along the contiguous axis, so every step is one pass of vector instructions. Does not know files or other methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllama.common.errors import ModelFormatError
+from pyllama.common.formats import FORMATS, GROUPS, Q4NL_CODEBOOK, Packed
+
+Floats = NDArray[np.float32]
+
+_BLOCK_WEIGHTS = 1 << 15  # a block and its scratch arrays stay in the second-level cache
+_F32_TINY = np.finfo(np.float32).tiny
+_F16_MAX = 65504.0
+_F16_TINY = np.float32(2.0**-24)  # the smallest positive f16
+_REFITS = 3
+
+# Trial scales put the largest weight at level * factor: below 1 it stays inside the grid, above 1 it is clipped.
+_FACTORS = np.linspace(0.84, 1.39, 12)
+# Trial ranges of an affine group: each end moved inwards by this share of the range (5 x 5 trials).
+_SHRINK = (-0.03, 0.0, 0.035, 0.075, 0.12)
+
+
+def quantize_rtn(
+    weights: Floats, format: str, group: int, codebook: tuple[int, ...] | None = None, *, name: str = "weights"
+) -> Packed:
+    """Quantizes a matrix by rounding to nearest, each group with the best scale found.
+
+    weights: float32 [N, K], finite. format: `q8 q4 q4a q4nl`. group: 32, 64 or 128 columns; the last may be short.
+    codebook: 16 integers of −127…127, some negative and some positive, for q4nl (default Q4NL_CODEBOOK).
+    Returns codes [N, K] and f16 scales (and, for q4a, f16 minimums) [N, G]. The squared error of a group is never above
+    that of rounding with the scale that just covers its largest weight. Raises ModelFormatError naming `name` when a
+    weight is not finite or so large that its scale would not fit f16, ValueError for what this method does not make.
+    """
+    info = FORMATS.get(format)
+    if info is None or not info.quantized or group not in GROUPS:
+        raise ValueError(f"rtn makes q8, q4, q4a and q4nl in groups of 32, 64 or 128; asked for {format} in {group}")
+    if weights.ndim != 2 or weights.dtype != np.float32:
+        raise ValueError(f"weights {weights.dtype} {list(weights.shape)}, expected float32 [N, K]")
+    n_rows, n_columns = weights.shape
+    n_groups = -(-n_columns // group)
+    codes = np.empty((n_rows, n_columns), dtype=np.int8 if format == "q8" else np.uint8)
+    scales = np.empty((n_rows, n_groups), dtype=np.float16)
+    offsets = np.empty((n_rows, n_groups), dtype=np.float16) if info.has_offset else None
+    search, largest = _method(format, codebook)
+    full = n_columns // group * group
+    step = max(1, _BLOCK_WEIGHTS // n_columns)
+    for row in range(0, n_rows, step):
+        rows = slice(row, min(row + step, n_rows))
+        for columns, width in ((slice(0, full), group), (slice(full, n_columns), n_columns - full)):
+            if columns.start == columns.stop:
+                continue
+            block = np.ascontiguousarray(weights[rows, columns].reshape(-1, width).T)
+            _check_range(block, largest, name)
+            found = search(block)
+            groups = slice(columns.start // group, -(-columns.stop // group))
+            codes[rows, columns] = found.codes.T.reshape(rows.stop - rows.start, -1)
+            scales[rows, groups] = found.scales.reshape(rows.stop - rows.start, -1)
+            if offsets is not None:
+                offsets[rows, groups] = found.offsets.reshape(rows.stop - rows.start, -1)
+    return Packed(codes, scales, offsets)
+
+
+def _method(format: str, codebook: tuple[int, ...] | None) -> tuple[Callable[[Floats], _Found], float]:
+    """The search of a format, and the largest weight that it can hold with an f16 scale."""
+    if format == "q4a":
+        return _search_affine, _F16_MAX
+    grid: _Grid
+    if format == "q8":  # the step is so fine that only the rounding of the scale matters
+        grid, trials = _Uniform(-127, 127, 0, np.int8), np.array([127.0])
+    else:
+        grid = _Codebook(codebook or Q4NL_CODEBOOK) if format == "q4nl" else _Uniform(-8, 7, 8, np.uint8)
+        trials = np.concatenate([grid.low * _FACTORS, grid.high * _FACTORS])
+    return lambda block: _search_scale(block, grid, trials), _F16_MAX * max(-grid.low, grid.high)
+
+
+@dataclass
+class _Found:
+    """The best encoding so far of a block of groups."""
+
+    codes: NDArray[Any]  # [width, groups] as stored
+    scales: Floats  # [groups], f16 numbers
+    offsets: Floats  # [groups], f16 numbers; empty without
+    error: Floats  # [groups]
+
+
+def _check_range(block: Floats, largest: float, name: str) -> None:
+    if not np.isfinite(block).all():
+        raise ModelFormatError(f"{name}: has NaN or infinite values; the checkpoint is damaged")
+    found = float(np.abs(block).max())
+    if found > largest:
+        raise ModelFormatError(
+            f"{name}: has a weight of magnitude {found:.6g}, too large for a scale in f16 (at most {largest:.6g}); "
+            "keep this tensor in f32 or bf16"
+        )
+
+
+def _round_f16(values: Floats) -> Floats:
+    """Rounded to f16 numbers, but never to zero; what does not fit becomes infinite and loses every comparison."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float16).astype(np.float32)
+    vanished = (rounded == 0) & (values != 0)
+    rounded[vanished] = np.copysign(_F16_TINY, values[vanished])
+    return rounded
+
+
+def _inverse(scales: Floats) -> Floats:
+    """1/s, and 0 where s is 0, infinite or so small that 1/s would be."""
+    usable = (np.abs(scales) >= _F32_TINY) & np.isfinite(scales)
+    return np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=usable)
+
+
+def _dot(a: Floats, b: Floats) -> Floats:
+    """Σ over the width: [width, groups] · [width, groups] → [groups]."""
+    product: Floats = np.einsum("kg,kg->g", a, b)
+    return product
+
+
+# ---- one scale per group: q8, q4, q4nl -------------------------------------------------------------------------------
+
+
+class _Uniform:
+    """Levels low … high, one apart; the stored code is level + bias."""
+
+    def __init__(self, low: int, high: int, bias: int, dtype: Any) -> None:
+        self.low, self.high, self.bias, self.dtype = low, high, bias, dtype
+
+    def levels(self, weights: Floats, inverse: Floats, out: Floats) -> Floats:
+        """The level nearest to each weight / scale, as floats."""
+        np.multiply(weights, inverse, out=out)
+        np.rint(out, out=out)
+        return np.clip(out, self.low, self.high, out=out)
+
+    def codes(self, weights: Floats, inverse: Floats) -> NDArray[Any]:
+        level = self.levels(weights, inverse, np.empty_like(weights))
+        return (level + np.float32(self.bias)).astype(self.dtype)
+
+
+class _Codebook:
+    """Sixteen levels in any order. Borders between integers are multiples of 1/2: a table over halves is exact."""
+
+    def __init__(self, codebook: tuple[int, ...]) -> None:
+        entries = np.array(codebook, dtype=np.float32)
+        if len(codebook) != 16 or not (entries.min() < 0 < entries.max()) or np.abs(entries).max() > 127:
+            raise ValueError(f"codebook {list(codebook)}, expected 16 integers of -127 to 127 on both sides of zero")
+        self.low, self.high = int(entries.min()), int(entries.max())
+        middles = (np.arange(512) - 256 + 0.5) / 2
+        self._code_of_half = np.abs(middles[:, None] - entries[None, :]).argmin(axis=1).astype(np.uint8)
+        self._level_of_half = entries[self._code_of_half]
+
+    def _halves(self, weights: Floats, inverse: Floats, scratch: Floats) -> NDArray[np.intp]:
+        np.multiply(weights, inverse * np.float32(2), out=scratch)
+        np.add(scratch, np.float32(256), out=scratch)
+        np.clip(scratch, 0, 511, out=scratch)
+        return scratch.astype(np.intp)
+
+    def levels(self, weights: Floats, inverse: Floats, out: Floats) -> Floats:
+        np.take(self._level_of_half, self._halves(weights, inverse, out), out=out, mode="clip")
+        return out
+
+    def codes(self, weights: Floats, inverse: Floats) -> NDArray[Any]:
+        codes: NDArray[Any] = self._code_of_half[self._halves(weights, inverse, np.empty_like(weights))]
+        return codes
+
+
+_Grid = _Uniform | _Codebook
+
+
+def _search_scale(weights: Floats, grid: _Grid, trials: NDArray[np.float64]) -> _Found:
+    """The best scale of each group; trials are the places on the grid where the largest weight is put."""
+    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=0)[None], axis=0)[0]
+    scratch = np.empty_like(weights)
+    best_gain = np.full(largest.shape, -1, dtype=np.float32)
+    scale = np.zeros_like(largest)
+    for place in trials:
+        level = grid.levels(weights, _inverse(largest / np.float32(place)), scratch)
+        wc, cc = _dot(weights, level), _dot(level, level)
+        fitted = np.divide(wc, cc, out=np.zeros_like(wc), where=cc > 0)
+        gain = fitted * wc  # Σw² − Σ(w − s·c)² for the fitted s
+        better = gain > best_gain
+        best_gain[better] = gain[better]
+        scale[better] = fitted[better]
+    best = _Best(weights, grid)
+    best.offer(largest / np.float32(grid.low))
+    best.offer(largest / np.float32(grid.high))
+    for _ in range(_REFITS):
+        scale = best.offer(scale)
+    return best.found()
+
+
+class _Best:
+    """Keeps, group by group, the rounded scale with the smallest squared error."""
+
+    def __init__(self, weights: Floats, grid: _Grid) -> None:
+        self._weights, self._grid = weights, grid
+        self._scale = np.zeros(weights.shape[1], dtype=np.float32)
+        self._error = _dot(weights, weights)  # of scale 0
+        self._scratch = np.empty_like(weights)
+
+    def offer(self, scale: Floats) -> Floats:
+        """Tries these scales rounded to f16; returns the least-squares scale for the codes they gave."""
+        rounded = _round_f16(scale)
+        level = self._grid.levels(self._weights, _inverse(rounded), self._scratch)
+        wc, cc = _dot(self._weights, level), _dot(level, level)
+        refit = np.divide(wc, cc, out=rounded.copy(), where=cc > 0)
+        with np.errstate(invalid="ignore"):  # 0 · infinity, where a scale does not fit f16
+            level *= rounded
+            level -= self._weights
+        error = _dot(level, level)
+        better = error < self._error
+        self._error[better] = error[better]
+        self._scale[better] = rounded[better]
+        return refit
+
+    def found(self) -> _Found:
+        codes = self._grid.codes(self._weights, _inverse(self._scale))
+        return _Found(codes, self._scale, np.empty(0, dtype=np.float32), self._error)
+
+
+# ---- scale and minimum per group: q4a --------------------------------------------------------------------------------
+
+
+def _search_affine(weights: Floats) -> _Found:
+    """The best scale and minimum of each group; trials move both ends of the range that the 16 levels cover."""
+    width = np.float32(weights.shape[0])
+    mean = weights.mean(axis=0, dtype=np.float32)
+    centred = weights - mean  # or the sums below would cancel in a group far from zero
+    low, high = centred.min(axis=0), centred.max(axis=0)
+    spread = high - low
+    best_gain = np.full(mean.shape, -1, dtype=np.float32)
+    scale, mean_code = np.zeros_like(mean), np.zeros_like(mean)
+    scratch = np.empty_like(weights)
+    for from_low in _SHRINK:
+        for from_high in _SHRINK:
+            start = low + np.float32(from_low) * spread
+            step = spread * np.float32((1 - from_low - from_high) / 15)
+            code = _affine_codes(centred, step, start, scratch)
+            fitted, mean_of_code, gain = _fit_affine(centred, code, width)
+            better = gain > best_gain
+            best_gain[better] = gain[better]
+            scale[better], mean_code[better] = fitted[better], mean_of_code[better]
+    best = _BestAffine(weights, mean)
+    best.offer(spread / np.float32(15), weights.min(axis=0))
+    for _ in range(_REFITS):
+        rounded = _round_f16(scale)
+        code = best.offer(rounded, mean - rounded * mean_code)
+        scale, mean_code, _gain = _fit_affine(centred, code, width)
+    return best.found()
+
+
+def _affine_codes(weights: Floats, scale: Floats, offset: Floats, out: Floats) -> Floats:
+    np.subtract(weights, offset, out=out)
+    out *= _inverse(scale)
+    np.rint(out, out=out)
+    return np.clip(out, 0, 15, out=out)
+
+
+def _fit_affine(centred: Floats, code: Floats, width: np.float32) -> tuple[Floats, Floats, Floats]:
+    """Least squares of s·c + m to weights of mean 0: s, the mean code, and the squared error that they save."""
+    mean_code = code.sum(axis=0) / width
+    variance = _dot(code, code) - mean_code * mean_code * width
+    covariance = _dot(centred, code)
+    scale = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0)
+    return scale, mean_code, scale * covariance
+
+
+class _BestAffine:
+    """Keeps, group by group, the rounded scale and minimum with the smallest squared error."""
+
+    def __init__(self, weights: Floats, mean: Floats) -> None:
+        self._weights = weights
+        self._scratch = np.empty_like(weights)
+        self._scale = np.zeros_like(mean)
+        self._offset = _round_f16(mean)
+        difference = weights - self._offset
+        self._error = _dot(difference, difference)
+
+    def offer(self, scale: Floats, offset: Floats) -> Floats:
+        """Tries scales and minimums rounded to f16; returns the codes that they gave."""
+        scale, offset = _round_f16(scale), _round_f16(offset)
+        with np.errstate(invalid="ignore"):  # infinite, where a minimum does not fit f16
+            code = _affine_codes(self._weights, scale, offset, self._scratch)
+            difference = code * scale
+            difference += offset
+            difference -= self._weights
+        error = _dot(difference, difference)
+        better = error < self._error
+        self._error[better] = error[better]
+        self._scale[better], self._offset[better] = scale[better], offset[better]
+        return code
+
+    def found(self) -> _Found:
+        codes = _affine_codes(self._weights, self._scale, self._offset, self._scratch).astype(np.uint8)
+        return _Found(codes, self._scale, self._offset, self._error)
