@@ -305,7 +305,7 @@ def parse_metadata(name: str, text: str) -> dict[str, Any]:
 class Packed:
     """A tensor's stored numbers in plain order, before tiling.
 
-    codes: 4-bit uint8 [N, K] of 0…15; q8 int8 [N, K]; dense float32, float16 or uint16 (bf16's bits) [N, K]; float32 [N].
+    codes: 4-bit uint8 [N, K] of 0…15; q8 int8 [N, K]; dense float32, float16, uint16 (bf16 bits) [N, K]; float32 [N].
     scales: [N, G] float16, or uint16 holding bf16; None for dense formats.
     offsets: [N, G] float16, uint16 (bf16) or uint8, as the spec's `offset` says; None without.
     input_order: int32 [K], a permutation; None without.

@@ -1,0 +1,224 @@
+"""Writes a model folder so that nobody ever sees half of one.
+
+Everything goes into a hidden folder beside the output, on the same file system; only when the last byte is on the disk is it
+renamed. Whatever stops the writing (an exception, Ctrl-C, a full disk) removes the hidden folder and leaves the output as it was.
+The header is laid out first with zeros for checksums, tensors follow one by one, then the header is written again with the sums.
+Knows bytes and files; what they mean is said by pyllama/common/model_folder.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllama.common.errors import QuantizeError
+from pyllama.common.formats import TensorSpec
+from pyllama.common.model_folder import CONFIG_FILE, WEIGHTS_FILE, config_bytes, header_bytes, is_model_folder
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+)
+GENERATION_FILE = "generation_config.json"
+_CHUNK_BYTES = 1 << 26
+_SLACK_BYTES = 1 << 20  # folder entries, rounding to blocks
+
+
+class FolderWriter:
+    """Writes one model folder; a context manager.
+
+        with FolderWriter(out, specs, overwrite=False) as writer:
+            writer.add_file("tokenizer.json", data)
+            for spec in specs: writer.add_tensor(spec, payload)   # in this order
+            writer.finish(config)
+
+    Leaving the block without `finish` leaves nothing behind. Raises QuantizeError when the output cannot be made.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], specs: Sequence[TensorSpec], *, overwrite: bool = False) -> None:
+        self._out = check_output(out, overwrite=overwrite)
+        self._overwrite = overwrite
+        self._specs = list(specs)
+        self._partial = self._out.with_name(f".{self._out.name}.{secrets.token_hex(4)}.partial")
+        self._checksums: dict[str, str] = {}
+        self._fd = -1
+
+    def __enter__(self) -> FolderWriter:
+        with _explained(self._out):
+            self._partial.mkdir()
+            try:
+                header = header_bytes(self._specs)
+                needed = len(header) + sum(spec.payload_bytes for spec in self._specs)
+                self._check_space(needed)
+                self._fd = _create(self._partial / WEIGHTS_FILE)
+                _write_all(self._fd, header)
+            except BaseException:
+                self._discard()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def add_tensor(self, spec: TensorSpec, payload: NDArray[np.uint8]) -> None:
+        """Appends the payload of the next tensor of `specs`."""
+        expected = self._specs[len(self._checksums)]
+        if spec != expected or payload.nbytes != spec.payload_bytes:
+            raise ValueError(
+                f"tensor {spec.name} of {payload.nbytes} bytes, expected {expected.name} of {expected.payload_bytes}"
+            )
+        data = memoryview(np.ascontiguousarray(payload)).cast("B")
+        with _explained(self._out):
+            _write_all(self._fd, data)
+        self._checksums[spec.name] = hashlib.sha256(data).hexdigest()
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Adds a small file, as the tokenizer's. Only the names that a model folder may hold are taken."""
+        if name not in (*TOKENIZER_FILES, GENERATION_FILE):
+            raise ValueError(f"{name!r} is no file of a model folder")
+        with _explained(self._out):
+            self._write_file(name, data)
+
+    def finish(self, config: Mapping[str, object]) -> Path:
+        """Writes checksums and config.json, makes all of it durable and puts the folder in its place."""
+        if len(self._checksums) != len(self._specs):
+            raise ValueError(f"{len(self._checksums)} of {len(self._specs)} tensors were written")
+        with _explained(self._out):
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            _write_all(self._fd, header_bytes(self._specs, self._checksums))
+            os.fsync(self._fd)
+            self._close()
+            self._write_file(CONFIG_FILE, config_bytes(config))
+            _sync_folder(self._partial)
+            self._put_in_place()
+        return self._out
+
+    def _put_in_place(self) -> None:
+        """Renames the new folder to the output; an old one steps aside first and comes back if that fails."""
+        check_output(self._out, overwrite=self._overwrite)  # once more: much time has passed
+        old: Path | None = None
+        if self._out.exists():
+            old = self._partial.with_suffix(".old")
+            os.rename(self._out, old)
+        try:
+            os.rename(self._partial, self._out)
+        except BaseException:
+            if old is not None:
+                os.rename(old, self._out)
+            raise
+        _sync_folder(self._out.parent)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self._partial).free
+        if free < needed + _SLACK_BYTES:
+            raise QuantizeError(
+                f"{self._out}: needs {needed / 1e6:.0f} MB, the file system has {free / 1e6:.0f} MB free; "
+                "free some space or choose another output"
+            )
+
+    def _write_file(self, name: str, data: bytes) -> None:
+        fd = _create(self._partial / name)
+        try:
+            _write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def check_output(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The resolved output path; raises QuantizeError when a model folder cannot or must not be put there.
+
+    `overwrite` replaces a folder that holds nothing but a model of ours; anything else is never deleted.
+    """
+    path = Path(out).resolve()
+    if not path.parent.is_dir():
+        raise QuantizeError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if not path.exists():
+        return path
+    if not path.is_dir():
+        raise QuantizeError(f"{path}: is a file, expected the name of a new folder")
+    names = sorted(entry.name for entry in path.iterdir())
+    if not names:
+        return path
+    if not overwrite:
+        raise QuantizeError(f"{path}: exists already; choose another output or pass --overwrite")
+    foreign = [name for name in names if not _is_ours(name)]
+    if foreign or not is_model_folder(path):
+        what = f"holds {foreign[0]!r}" if foreign else "is no model folder"
+        raise QuantizeError(
+            f"{path}: {what}, which quantize did not write; it is not overwritten, choose another output"
+        )
+    return path
+
+
+def _is_ours(name: str) -> bool:
+    if name.startswith("model") and name.endswith(".safetensors"):
+        return True
+    return name in (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+
+
+@contextlib.contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turns a failure of the file system into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "the disk is full; free some space or choose another output",
+            errno.EDQUOT: "the disk quota is used up; free some space or choose another output",
+            errno.EACCES: "no permission to write there; choose another output",
+            errno.EROFS: "the file system is read-only; choose another output",
+        }.get(error.errno or 0, error.strerror or str(error))
+        raise QuantizeError(f"{out}: cannot be written: {advice}. Nothing was left there") from error
+
+
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+
+def _write_all(fd: int, data: bytes | memoryview) -> None:
+    view, at = memoryview(data), 0
+    while at < len(view):
+        at += os.write(fd, view[at : at + _CHUNK_BYTES])
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:  # some network file systems cannot; the files themselves are durable
+        pass
+    finally:
+        os.close(fd)
