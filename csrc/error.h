@@ -1,5 +1,6 @@
 // Errors of the C++ side. Everything throws; nothing aborts. The bindings turn FormatError into pyllama.ModelFormatError,
-// Interrupted into whatever Python exception is pending, std::invalid_argument into ValueError.
+// ContextError into pyllama.ContextLengthError, Interrupted into whatever Python exception is pending, std::invalid_argument
+// into ValueError.
 #pragma once
 
 #include <sstream>
@@ -10,6 +11,11 @@ namespace pyllama {
 
 // A model that does not hold together: wrong shape, missing tensor, impossible number.
 struct FormatError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// More tokens than the model's context holds.
+struct ContextError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

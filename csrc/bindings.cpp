@@ -1,0 +1,408 @@
+// The extension module pyllama._C: the only place, with bindings_ops.cpp, that knows Python. It turns Python objects
+// into the structs of csrc/model, keeps every buffer alive that a weight views, releases the GIL while a step runs, and
+// turns C++ exceptions into Python's. It decides nothing about models or kernels.
+#include "bindings.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "error.h"
+#include "model/forward.h"
+#include "model/portable_math.h"
+
+namespace py = pybind11;
+
+namespace pyllama {
+namespace {
+
+// A C++ object of type T out of a Python one; TypeError that says what was expected.
+template <class T>
+T& expect(const py::handle& object, const char* expected) {
+  try {
+    return object.cast<T&>();
+  } catch (const py::cast_error&) {
+    throw py::type_error(message("found ", std::string(py::repr(object)), ", expected ", expected));
+  }
+}
+
+// ---- weights
+
+PyWeight make_py_weight(const std::string& name, const std::string& format, const std::vector<int64_t>& shape,
+                        const py::object& data, int group, const std::string& scale, const std::string& offset,
+                        const std::vector<int>& codebook, bool input_order) {
+  WeightSpec spec;
+  spec.name = name;
+  spec.format = format;
+  spec.shape = shape;
+  spec.group = group;
+  spec.scale = scale;
+  spec.offset = offset;
+  spec.codebook = codebook;
+  spec.input_order = input_order;
+
+  // The memoryview keeps the buffer exported, so that its owner can neither resize nor unmap it.
+  const py::object view = py::reinterpret_steal<py::object>(PyMemoryView_FromObject(data.ptr()));
+  if (!view) throw py::error_already_set();
+  const Py_buffer* buffer = PyMemoryView_GET_BUFFER(view.ptr());
+  check<std::invalid_argument>(buffer->itemsize == 1 && PyBuffer_IsContiguous(buffer, 'C'), name,
+                               ": data must be a contiguous buffer of bytes");
+  PyWeight made;
+  made.weight = make_weight(spec, static_cast<const uint8_t*>(buffer->buf), buffer->len);
+  made.shape = shape;
+  made.owner = view;
+  return made;
+}
+
+void bind_weight(py::module_& m) {
+  py::class_<PyWeight>(m, "Weight", "A tensor as it lies in a model folder: no copy, `data` is kept alive.")
+      .def(py::init(&make_py_weight), py::arg("name"), py::arg("format"), py::arg("shape"), py::arg("data"),
+           py::kw_only(), py::arg("group") = 0, py::arg("scale") = "f16", py::arg("offset") = "",
+           py::arg("codebook") = std::vector<int>{}, py::arg("input_order") = false)
+      .def_property_readonly("name", [](const PyWeight& w) { return w.weight.name; })
+      .def_property_readonly("format", [](const PyWeight& w) { return std::string(info(w.weight.format).name); })
+      .def_property_readonly("shape", [](const PyWeight& w) { return py::tuple(py::cast(w.shape)); })
+      .def_property_readonly("nbytes", [](const PyWeight& w) { return w.weight.payload_bytes; })
+      .def("__repr__", [](const PyWeight& w) {
+        return message("<Weight ", w.weight.name, " ", info(w.weight.format).name, " ", w.weight.payload_bytes,
+                       " bytes>");
+      });
+}
+
+// ---- sampler
+
+uint64_t seed_from(const py::int_& seed) {
+  const unsigned long long value = PyLong_AsUnsignedLongLong(seed.ptr());
+  if (PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw std::invalid_argument(message("seed is ", std::string(py::str(seed)), ", expected 0…2^64 - 1"));
+  }
+  return value;
+}
+
+SamplerParams make_sampler(double temperature, int top_k, double top_p, double min_p, double repetition_penalty,
+                           double presence_penalty, double frequency_penalty,
+                           const std::map<int32_t, float>& logit_bias, int logprobs, const py::int_& seed) {
+  SamplerParams params;
+  params.temperature = temperature;
+  params.top_k = top_k;
+  params.top_p = top_p;
+  params.min_p = min_p;
+  params.repetition_penalty = repetition_penalty;
+  params.presence_penalty = presence_penalty;
+  params.frequency_penalty = frequency_penalty;
+  params.logit_bias.assign(logit_bias.begin(), logit_bias.end());
+  params.logprobs = logprobs;
+  params.seed = seed_from(seed);
+  check_sampler(params);
+  return params;
+}
+
+struct StepResult {
+  Sampled sampled;
+  py::object logits;  // None or float32 array
+};
+
+StepResult sample_once(const SamplerParams& params, const py::array_t<float, py::array::c_style>& logits,
+                       const std::vector<int32_t>& tokens, int prompt_len) {
+  check<std::invalid_argument>(logits.ndim() == 1 && logits.size() > 0, "logits must be float32 [vocab_size]");
+  SamplerInput in;
+  in.logits = logits.data();
+  in.vocab_size = static_cast<int>(logits.size());
+  in.tokens = tokens.data();
+  in.n_tok = static_cast<int>(tokens.size());
+  in.prompt_len = prompt_len;
+  for (const int32_t token : tokens) {
+    check<std::invalid_argument>(token >= 0 && token < in.vocab_size, "token ", token, ", expected 0…",
+                                 in.vocab_size - 1);
+  }
+  Sampler sampler;
+  return {sampler.sample(params, in), py::none()};
+}
+
+void bind_sampler(py::module_& m) {
+  const SamplerParams defaults;
+  py::class_<SamplerParams>(m, "Sampler", "How the next token is chosen; immutable.")
+      .def(py::init(&make_sampler), py::kw_only(), py::arg("temperature") = defaults.temperature,
+           py::arg("top_k") = defaults.top_k, py::arg("top_p") = defaults.top_p, py::arg("min_p") = defaults.min_p,
+           py::arg("repetition_penalty") = defaults.repetition_penalty,
+           py::arg("presence_penalty") = defaults.presence_penalty,
+           py::arg("frequency_penalty") = defaults.frequency_penalty,
+           py::arg("logit_bias") = std::map<int32_t, float>{}, py::arg("logprobs") = defaults.logprobs,
+           py::arg("seed") = defaults.seed)
+      .def("sample", &sample_once, py::arg("logits"), py::arg("tokens"), py::arg("prompt_len") = 0,
+           "What a step would sample from float32 logits [vocab_size] after these tokens; the seed's position is "
+           "len(tokens).");
+  py::class_<StepResult>(m, "StepResult")
+      .def_property_readonly("token", [](const StepResult& r) { return r.sampled.token; })
+      .def_property_readonly("logprob", [](const StepResult& r) { return r.sampled.logprob; })
+      .def_property_readonly("top_logprobs", [](const StepResult& r) { return r.sampled.top_logprobs; })
+      .def_readonly("logits", &StepResult::logits);
+}
+
+// ---- sequence
+
+void bind_sequence(py::module_& m) {
+  py::class_<Sequence>(m, "Sequence", "Tokens of one text and the pages of its key/value cache.")
+      .def_property_readonly("n_past", &Sequence::n_past)
+      .def_property_readonly("tokens", &Sequence::tokens)
+      .def_property("prompt_len", &Sequence::prompt_len, &Sequence::set_prompt_len)
+      .def("truncate", &Sequence::truncate, py::arg("n"))
+      .def("close", &Sequence::close);
+}
+
+// ---- model
+
+template <class T>
+T config_value(const py::dict& config, const char* key, const char* expected) {
+  check(config.contains(key), "config: ", key, " is missing, expected ", expected);
+  try {
+    return config[key].cast<T>();
+  } catch (const py::cast_error&) {
+    throw FormatError(message("config: ", key, " is ", std::string(py::repr(config[key])), ", expected ", expected));
+  }
+}
+
+Config read_config(const py::dict& dict) {
+  const auto count = [&](const char* key) { return config_value<int>(dict, key, "an integer"); };
+  Config c;
+  c.dim = count("dim");
+  c.hidden_dim = count("hidden_dim");
+  c.n_layers = count("n_layers");
+  c.n_heads = count("n_heads");
+  c.n_kv_heads = count("n_kv_heads");
+  c.head_dim = count("head_dim");
+  c.vocab_size = count("vocab_size");
+  c.max_seq_len = count("max_seq_len");
+  c.norm_eps = config_value<float>(dict, "norm_eps", "a number");
+  c.rope_inv_freq = config_value<std::vector<float>>(dict, "rope_inv_freq", "numbers [head_dim/2]");
+  c.rope_attention_factor = config_value<float>(dict, "rope_attention_factor", "a number");
+  return c;
+}
+
+struct PyModel {
+  std::vector<py::object> weights;  // whose buffers the model views; outlives `model`
+  int threads = 0;
+  std::string isa;
+  std::unique_ptr<Model> model;
+  std::timed_mutex mutex;  // held by a running step, always taken without the GIL
+  Sampler sampler;         // guarded by mutex
+};
+
+std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& weights, int threads,
+                                       const std::string& isa, int max_batch_tok) {
+  check<std::invalid_argument>(threads >= 0 && threads <= 1024, "threads is ", threads,
+                               ", expected 0 (automatic) to 1024");
+  check<std::invalid_argument>(max_batch_tok >= 1 && max_batch_tok <= 65536, "max_batch_tok is ", max_batch_tok,
+                               ", expected 1…65536");
+  auto self = std::make_unique<PyModel>();
+  self->threads = threads > 0 ? threads : default_threads();
+  self->isa = choose_isa(isa);
+
+  std::map<std::string, Weight> tensors;
+  for (const auto& [name, weight] : weights) {
+    tensors[py::str(name)] = expect<PyWeight>(weight, "a Weight").weight;
+    self->weights.push_back(py::reinterpret_borrow<py::object>(weight));
+  }
+  const bool tied = config_value<bool>(config, "tied_embeddings", "true or false");
+  CpuOptions options;
+  options.threads = self->threads;
+  options.isa = self->isa.c_str();
+  options.max_batch_tok = max_batch_tok;
+  self->model =
+      std::make_unique<Model>(read_config(config), tensors, tied,
+                              [&](const Config& c, const ModelWeights& w) { return make_cpu_backend(c, w, options); });
+  return self;
+}
+
+// Token ids from a list or an integer array, without silent truncation of floats or of large integers.
+std::vector<int32_t> read_tokens(const py::handle& tokens) {
+  const py::array any = py::array::ensure(tokens);
+  if (!any) throw py::error_already_set();
+  check<std::invalid_argument>(any.ndim() == 1, "token ids must be a list or a one-dimensional array");
+  if (any.size() == 0) return {};
+  const char kind = any.dtype().kind();
+  check<std::invalid_argument>(kind == 'i' || kind == 'u', "token ids must be integers, found ",
+                               std::string(py::str(any.dtype())));
+  const py::array_t<int64_t, py::array::c_style | py::array::forcecast> wide(any);
+  std::vector<int32_t> ids;
+  ids.reserve(static_cast<size_t>(wide.size()));
+  for (py::ssize_t i = 0; i < wide.size(); ++i) {
+    const int64_t id = wide.at(i);
+    check<std::invalid_argument>(id >= 0 && id <= std::numeric_limits<int32_t>::max(), "token ", id,
+                                 " is no token of the vocabulary");
+    ids.push_back(static_cast<int32_t>(id));
+  }
+  return ids;
+}
+
+LogitsWanted read_wanted(const std::string& text) {
+  if (text == "none") return LogitsWanted::none;
+  if (text == "last") return LogitsWanted::last;
+  if (text == "all") return LogitsWanted::all;
+  throw std::invalid_argument(message("logits: \"", text, "\", expected none, last or all"));
+}
+
+// A batch as it came from Python, with references to everything the step uses while the GIL is released.
+struct PyBatch {
+  std::vector<StepItem> items;
+  std::vector<py::object> logits;
+  std::vector<py::object> keep;
+};
+
+PyBatch read_batch(const py::iterable& batch) {
+  PyBatch out;
+  for (const py::handle entry : batch) {
+    const py::tuple fields = py::reinterpret_borrow<py::object>(entry);
+    check<std::invalid_argument>(fields.size() == 4, "a batch item has ", fields.size(),
+                                 " fields, expected (sequence, tokens, sampler or None, logits)");
+    StepItem item;
+    item.sequence = &expect<Sequence>(fields[0], "a Sequence");
+    item.tokens = read_tokens(fields[1]);
+    item.sampler = fields[2].is_none() ? nullptr : &expect<SamplerParams>(fields[2], "a Sampler or None");
+    item.wanted = read_wanted(py::str(fields[3]));
+    out.items.push_back(std::move(item));
+    out.keep.push_back(fields);
+  }
+  return out;
+}
+
+void allocate_logits(PyBatch& batch, int vocab_size) {
+  for (StepItem& item : batch.items) {
+    if (item.wanted == LogitsWanted::none) {
+      batch.logits.push_back(py::none());
+      continue;
+    }
+    py::array_t<float> rows({static_cast<py::ssize_t>(item.n_logit_rows()), static_cast<py::ssize_t>(vocab_size)});
+    item.logits_out = rows.mutable_data();
+    batch.logits.push_back(std::move(rows));
+  }
+}
+
+// Ctrl-C, looked for at most every 50 ms, so that a decoding step never waits for the GIL.
+class InterruptPoll {
+ public:
+  void operator()() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last_ < kInterval) return;
+    last_ = now;
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw Interrupted();  // the Python exception stays pending in this thread
+  }
+  static constexpr auto kInterval = std::chrono::milliseconds(50);
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+std::vector<Sampled> run_without_gil(PyModel& self, const std::vector<StepItem>& items) {
+  const py::gil_scoped_release no_gil;
+  InterruptPoll poll;
+  while (!self.mutex.try_lock_for(InterruptPoll::kInterval)) poll();
+  const std::lock_guard<std::timed_mutex> lock(self.mutex, std::adopt_lock);
+  return run_step(*self.model, self.sampler, items, [&poll] { poll(); });
+}
+
+std::vector<StepResult> step(PyModel& self, const py::iterable& batch) {
+  PyBatch read = read_batch(batch);
+  check_batch(*self.model, read.items);  // before memory for logits is taken
+  allocate_logits(read, self.model->config().vocab_size);
+  std::vector<Sampled> sampled;
+  try {
+    sampled = run_without_gil(self, read.items);
+  } catch (const Interrupted&) {
+    throw py::error_already_set();
+  }
+  std::vector<StepResult> results;
+  for (size_t i = 0; i < sampled.size(); ++i) results.push_back({std::move(sampled[i]), std::move(read.logits[i])});
+  return results;
+}
+
+void bind_model(py::module_& m) {
+  py::class_<PyModel>(m, "Model", "Weights and a backend: immutable, shared by all sequences.")
+      .def(py::init(&make_py_model), py::arg("config"), py::arg("weights"), py::kw_only(), py::arg("threads") = 0,
+           py::arg("isa") = "", py::arg("max_batch_tok") = 512)
+      .def_readonly("threads", &PyModel::threads)
+      .def_readonly("isa", &PyModel::isa)
+      .def_property_readonly("max_batch_tok", [](const PyModel& self) { return self.model->backend().max_batch_tok(); })
+      .def("sequence", [](const PyModel& self) { return self.model->new_sequence(); })
+      .def("step", &step, py::arg("batch"), "Runs the tokens of every item through the model in one pass.");
+}
+
+// ---- the rest
+
+py::list format_table() {
+  py::list table;
+  for (const FormatInfo& row : kFormats) {
+    py::dict entry;
+    entry["name"] = std::string(row.name);
+    entry["code_bits"] = row.code_bits;
+    entry["quantized"] = row.quantized;
+    entry["has_offset"] = row.has_offset;
+    entry["has_codebook"] = row.has_codebook;
+    entry["code_bias"] = row.code_bias;
+    table.append(entry);
+  }
+  return table;
+}
+
+void bind_machine(py::module_& m) {
+  m.def("isas", &cpu_isas, "Instruction sets that this machine runs and this build has, best first.");
+  m.def("all_isas", &cpu_all_isas, "Instruction sets that this build has, best first.");
+  m.def("format_table", &format_table, "The rows of csrc/formats.h.");
+  m.def("default_threads", &default_threads, "Physical cores that affinity and the cgroup's quota allow.");
+  m.def("read_bandwidth", &read_bandwidth, py::arg("threads"), py::arg("seconds"),
+        py::call_guard<py::gil_scoped_release>(), "Streaming read of a buffer beyond the caches, GB/s.");
+  m.def("int8_peak", &int8_peak, py::arg("threads"), py::arg("seconds"), py::arg("isa") = "",
+        py::call_guard<py::gil_scoped_release>(), "int8 multiply-accumulates from registers, 1e9 operations/s.");
+  m.def("build_info",
+        [] { return std::map<std::string, std::string>{{"compiler", __VERSION__}, {"version", PYLLAMA_VERSION}}; });
+}
+
+// The sampler's own arithmetic, for the tests of its error bounds.
+void bind_portable_math(py::module_ ops) {
+  ops.def("portable_exp", py::vectorize(&portable_exp), py::arg("x"), "e^x of float64, x <= 709, without libm.");
+  ops.def("portable_log", py::vectorize(&portable_log), py::arg("x"), "ln x of positive normal float64, without libm.");
+  ops.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), "Philox4x32-10.");
+  ops.def("uniform", &uniform, py::arg("seed"), py::arg("position"), "The sampler's number in [0, 1).");
+}
+
+void set_python_error(const char* module, const char* type, const std::exception& error) {
+  const py::object exception = py::module_::import(module).attr(type);
+  PyErr_SetString(exception.ptr(), error.what());
+}
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const FormatError& error) {
+    set_python_error("pyllama.common.errors", "ModelFormatError", error);
+  } catch (const ContextError& error) {
+    set_python_error("pyllama.common.errors", "ContextLengthError", error);
+  }
+}
+
+}  // namespace
+}  // namespace pyllama
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The engine of pyllama: weights, models, steps.";
+  py::register_local_exception_translator(&pyllama::translate);
+  pyllama::bind_weight(m);
+  pyllama::bind_sampler(m);
+  pyllama::bind_sequence(m);
+  pyllama::bind_model(m);
+  pyllama::bind_machine(m);
+  pyllama::bind_ops(m);
+  pyllama::bind_portable_math(m.def_submodule("ops"));
+}

@@ -1,0 +1,193 @@
+// LLaMA (arXiv 2302.13971): h = x + Attention(RMSNorm(x)), out = h + SwiGLU(RMSNorm(h)), said once over the verbs of
+// backend.h. Around it, what makes a step atomic: pages are taken first, sequences are changed last.
+#include "model/forward.h"
+
+#include <algorithm>
+#include <set>
+
+#include "error.h"
+
+namespace pyllama {
+namespace {
+
+// A batch as a backend reads it. Owns what Step points to.
+struct Plan {
+  std::vector<int32_t> tokens;
+  std::vector<int32_t> pos;
+  std::vector<Span> spans;
+  std::vector<int32_t> out_rows;
+  std::vector<int> first_out;  // per item: its first row in the logits, if it has any
+
+  explicit Plan(const std::vector<StepItem>& batch);
+  Step step() const;
+};
+
+// Whether an item needs logits for the row of its token i.
+bool needs_logits(const StepItem& item, int i) {
+  const bool last = i == item.n_tok() - 1;
+  return item.wanted == LogitsWanted::all || (last && (item.sampler || item.wanted == LogitsWanted::last));
+}
+
+Plan::Plan(const std::vector<StepItem>& batch) {
+  for (const StepItem& item : batch) {
+    const int n_past = static_cast<int>(item.sequence->history().size());
+    const int first = static_cast<int>(tokens.size());
+    spans.push_back({first, item.n_tok(), n_past, item.sequence->pages().data()});
+    first_out.push_back(static_cast<int>(out_rows.size()));
+    for (int i = 0; i < item.n_tok(); ++i) {
+      tokens.push_back(item.tokens[static_cast<size_t>(i)]);
+      pos.push_back(n_past + i);
+      if (needs_logits(item, i)) out_rows.push_back(first + i);
+    }
+  }
+}
+
+Step Plan::step() const {
+  Step step;
+  step.n_tok = static_cast<int>(tokens.size());
+  step.tokens = tokens.data();
+  step.pos = pos.data();
+  step.n_spans = static_cast<int>(spans.size());
+  step.spans = spans.data();
+  step.n_out = static_cast<int>(out_rows.size());
+  step.out_rows = out_rows.data();
+  return step;
+}
+
+// Calls end() whatever happens after begin() was tried.
+class BackendStep {
+ public:
+  BackendStep(PagePool& pool, const Step& step) : pool_(pool) {
+    pool_.step_begins();
+    try {
+      pool_.backend().begin(step);
+    } catch (...) {
+      finish();
+      throw;
+    }
+  }
+  ~BackendStep() { finish(); }
+  BackendStep(const BackendStep&) = delete;
+  BackendStep& operator=(const BackendStep&) = delete;
+
+ private:
+  void finish() {
+    pool_.backend().end();
+    pool_.step_ended();
+  }
+  PagePool& pool_;
+};
+
+// Sequences that got pages for this step, and lose them again unless the step commits.
+class Prepared {
+ public:
+  explicit Prepared(const std::vector<StepItem>& batch) : batch_(batch) {
+    try {
+      for (; n_ready_ < batch.size(); ++n_ready_) batch[n_ready_].sequence->prepare(batch[n_ready_].n_tok());
+    } catch (...) {
+      abandon();
+      throw;
+    }
+  }
+  ~Prepared() { abandon(); }
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+
+  void commit() {
+    for (const StepItem& item : batch_) item.sequence->commit(item.tokens.data(), item.n_tok());
+    n_ready_ = 0;
+  }
+
+ private:
+  void abandon() {
+    for (size_t i = 0; i < n_ready_; ++i) batch_[i].sequence->abandon();
+    n_ready_ = 0;
+  }
+  const std::vector<StepItem>& batch_;
+  size_t n_ready_ = 0;
+};
+
+void forward(const Model& model, const Plan& plan, const std::function<void()>& poll) {
+  Backend& backend = model.backend();
+  const Step step = plan.step();
+  const BackendStep running(model.pool(), step);
+  backend.embed();
+  for (int layer = 0; layer < model.config().n_layers; ++layer) {
+    poll();
+    backend.attention_in(layer);
+    backend.attention(layer);
+    backend.attention_out(layer);
+    backend.mlp_in(layer);
+    backend.mlp_out(layer);
+  }
+  if (step.n_out > 0) backend.head();
+}
+
+Sampled sample_item(Sampler& sampler, const StepItem& item, const float* last_row, int vocab_size) {
+  std::vector<int32_t> tokens = item.sequence->history();
+  tokens.insert(tokens.end(), item.tokens.begin(), item.tokens.end());
+  SamplerInput in;
+  in.logits = last_row;
+  in.vocab_size = vocab_size;
+  in.tokens = tokens.data();
+  in.n_tok = static_cast<int>(tokens.size());
+  in.prompt_len = item.sequence->prompt_len();
+  return sampler.sample(*item.sampler, in);
+}
+
+}  // namespace
+
+int StepItem::n_logit_rows() const {
+  return wanted == LogitsWanted::all ? n_tok() : wanted == LogitsWanted::last ? 1 : 0;
+}
+
+void check_batch(const Model& model, const std::vector<StepItem>& batch) {
+  check<std::invalid_argument>(!batch.empty(), "the batch is empty");
+  const Config& config = model.config();
+  std::set<const Sequence*> seen;
+  size_t n_tok = 0;
+  for (const StepItem& item : batch) {
+    check<std::invalid_argument>(item.sequence->belongs_to(model.pool()), "the sequence belongs to another model");
+    check<std::invalid_argument>(seen.insert(item.sequence).second, "the same sequence stands twice in one step");
+    check<std::invalid_argument>(!item.tokens.empty(), "a sequence came without tokens, expected at least one");
+    for (const int32_t token : item.tokens) {
+      check<std::invalid_argument>(token >= 0 && token < config.vocab_size, "token ", token, ", expected 0…",
+                                   config.vocab_size - 1);
+    }
+    const int n_past = item.sequence->n_past();
+    const auto room = static_cast<size_t>(config.max_seq_len - n_past);
+    check<ContextError>(item.tokens.size() <= room, n_past, " tokens and ", item.tokens.size(),
+                        " more do not fit the context of ", config.max_seq_len);
+    n_tok += item.tokens.size();
+  }
+  const int most = model.backend().max_batch_tok();
+  check<std::invalid_argument>(n_tok <= static_cast<size_t>(most), "the step has ", n_tok,
+                               " tokens, expected at most max_batch_tok = ", most);
+}
+
+std::vector<Sampled> run_step(const Model& model, Sampler& sampler, const std::vector<StepItem>& batch,
+                              const std::function<void()>& poll) {
+  check_batch(model, batch);
+  Prepared prepared(batch);
+  const Plan plan(batch);
+  forward(model, plan, poll);
+
+  std::vector<Sampled> results(batch.size());
+  const auto vocab_size = static_cast<size_t>(model.config().vocab_size);
+  const float* logits = plan.out_rows.empty() ? nullptr : model.backend().logits();
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const StepItem& item = batch[i];
+    const auto first = static_cast<size_t>(plan.first_out[i]);
+    const auto n_rows = static_cast<size_t>(item.n_logit_rows());
+    if (n_rows > 0) std::copy_n(logits + first * vocab_size, n_rows * vocab_size, item.logits_out);
+    if (item.sampler) {
+      const size_t last = n_rows > 0 ? first + n_rows - 1 : first;
+      results[i] = sample_item(sampler, item, logits + last * vocab_size, model.config().vocab_size);
+    }
+  }
+  poll();
+  prepared.commit();
+  return results;
+}
+
+}  // namespace pyllama

@@ -1,0 +1,74 @@
+// Chooses the next token from logits. Stages, in this order: logit bias, penalties, temperature, top-k, top-p, min-p,
+// and one uniform draw over the survivors in ascending order of their ids, so that a stage that removes nothing changes
+// nothing. The same numbers give the same token on every CPU: own exp and log, counter-based random numbers, fixed
+// order. Knows no model, no text and no batch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <utility>
+#include <vector>
+
+namespace pyllama {
+
+struct SamplerParams {
+  double temperature = 1.0;         // 0: the largest logit; the lowest id wins ties
+  int top_k = 0;                    // 0: off
+  double top_p = 1.0;               // 1: off. The fewest most likely tokens whose probabilities reach it
+  double min_p = 0.0;               // 0: off. Relative to the most likely token
+  double repetition_penalty = 1.0;  // 1: off. Over prompt and reply (CTRL, arXiv 1909.05858, section 4.1)
+  double presence_penalty = 0.0;    // over the reply alone, as are OpenAI's
+  double frequency_penalty = 0.0;
+  std::vector<std::pair<int32_t, float>> logit_bias;  // ids ascending
+  int logprobs = -1;                                  // -1: none; n: of the sampled token and the n most likely ones
+  uint64_t seed = 0;
+};
+
+// Throws std::invalid_argument that names the parameter. Ids of the bias are compared with the vocabulary by sample().
+void check_sampler(const SamplerParams& params);
+
+// What a token is chosen from.
+struct SamplerInput {
+  const float* logits = nullptr;  // [vocab_size]
+  int vocab_size = 0;
+  const int32_t* tokens = nullptr;  // [n_tok] all tokens so far, ids below vocab_size
+  int n_tok = 0;
+  int prompt_len = 0;  // tokens[prompt_len …] are the reply
+};
+
+struct Sampled {
+  int token = -1;
+  float logprob = std::numeric_limits<float>::quiet_NaN();  // log-softmax of the logits as they came
+  std::vector<std::pair<int32_t, float>> top_logprobs;
+};
+
+// Buffers that are reused from token to token.
+class Sampler {
+ public:
+  // The random number depends on the seed and n_tok, the position that the token will have.
+  // Throws FormatError for logits that are not finite, std::invalid_argument for a bias beyond the vocabulary or one
+  // that bans every token.
+  Sampled sample(const SamplerParams& params, const SamplerInput& in);
+
+ private:
+  // A token as one integer: order of its logit above, inverted id below. Larger is more likely; no two are equal.
+  using Key = uint64_t;
+
+  const float* adjust(const SamplerParams& params, const SamplerInput& in);
+  void penalize(const SamplerParams& params, const SamplerInput& in);
+  int draw(const SamplerParams& params, const float* logits, int vocab_size, uint64_t position);
+  void keep_top_k(const float* logits, int vocab_size, int k);
+  void keep_hopeful(const SamplerParams& params, const float* logits, double total);
+  void cut(const SamplerParams& params, float max_logit, double total);
+  int draw_by_id(const int32_t* ids, size_t n, double u);
+  void report(const SamplerInput& in, int n_top, Sampled& out);
+
+  std::vector<float> adjusted_;  // [vocab_size] logits after bias and penalties
+  std::vector<int32_t> counts_;  // [vocab_size] zero between calls
+  std::vector<int32_t> ids_;
+  std::vector<Key> keys_;     // candidates
+  std::vector<double> mass_;  // probabilities times a common factor, in the order of the candidates
+};
+
+}  // namespace pyllama
