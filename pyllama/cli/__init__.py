@@ -1,0 +1,1 @@
+"""The command `pyllama`: one file per subcommand. A leaf: nothing else of the package imports it."""

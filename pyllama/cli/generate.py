@@ -1,0 +1,49 @@
+"""`pyllama generate`: continues a prompt; text as it comes, or one JSON object when it is done."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .options import add_model, add_sampling, open_llm, sampling_options
+
+if TYPE_CHECKING:
+    from ..outputs import RequestOutput
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    add_model(parser)
+    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help='the prompt; "-" reads it from stdin')
+    parser.add_argument("--json", action="store_true", help="one JSON object with text, tokens, usage, timings, seed")
+    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and the N likeliest")
+    add_sampling(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options = sampling_options(arguments)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    with open_llm(arguments) as llm:
+        if arguments.json:
+            output = llm.generate(prompt, logprobs=arguments.logprobs, **options)
+            print(json.dumps(output_record(output), ensure_ascii=False))
+            return 0
+        for piece in llm.stream(prompt, **options):
+            print(piece.text, end="", flush=True)
+        print()
+    return 0
+
+
+def output_record(output: RequestOutput) -> dict[str, Any]:
+    """A RequestOutput as plain JSON values."""
+    record = dataclasses.asdict(output)
+    record["usage"]["total_tokens"] = output.usage.total_tokens
+    record["timings"] |= {
+        "prompt_tok_per_s": output.timings.prompt_tok_per_s,
+        "decode_tok_per_s": output.timings.decode_tok_per_s,
+    }
+    return record

@@ -1,0 +1,84 @@
+"""The command line's frame: the parser, exit codes, errors as one line.
+
+Results go to stdout, messages to stderr. Exit codes: 0 done, 1 error, 2 wrong usage, 130 Ctrl-C.
+PYLLAMA_DEBUG=1 shows the traceback of an error. What a command does is in its own file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import bench, chat, doctor, generate, info
+
+_EPILOG = """\
+MODEL is a model folder, a .gguf file, a Hugging Face folder, or "demo" (also when left out).
+exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted by Ctrl-C
+environment: PYLLAMA_ISA chooses the kernels (see `pyllama doctor`), PYLLAMA_DEBUG=1 shows tracebacks,
+XDG_CACHE_HOME and XDG_STATE_HOME move converted models and the chat's history
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole grammar of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="pyllama",
+        description="Run LLaMA models on the CPU.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pyllama {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (chat, generate, bench, info, doctor):
+        module.add_parser(commands)
+    return parser
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        return _run(build_parser().parse_args(argv))
+    except SystemExit as leave:  # argparse: 0 after --help, 2 for wrong usage
+        return leave.code if isinstance(leave.code, int) else 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..common.errors import PyllamaError
+
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of a pipe left (`| head`); keep the interpreter from complaining when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (PyllamaError, ValueError, OSError, ImportError, MemoryError) as error:
+        if os.environ.get("PYLLAMA_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"pyllama: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"out of memory{': ' if str(error) else ''}{error}"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{Path(os.fsdecode(error.filename))}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

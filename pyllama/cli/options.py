@@ -1,0 +1,73 @@
+"""Options that several commands share: the model, how it is opened, how it samples; and the way from them to an `LLM`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+
+# option, type, metavar, help; the names are those of SamplingParams
+_SAMPLING: tuple[tuple[str, type, str, str], ...] = (
+    ("max_tokens", int, "N", "stop after N tokens (default: at the model's end or the context's)"),
+    ("temperature", float, "T", "0 takes the likeliest token; higher is more varied"),
+    ("top_k", int, "K", "only the K likeliest tokens; 0 for all"),
+    ("top_p", float, "P", "only the likeliest tokens that together reach P"),
+    ("min_p", float, "P", "only tokens at least P times as likely as the likeliest"),
+    ("repetition_penalty", float, "X", "divide the logits of tokens seen before; 1 for none"),
+    ("presence_penalty", float, "X", "subtract from the logits of tokens written before"),
+    ("frequency_penalty", float, "X", "subtract per time that a token was written"),
+    ("seed", int, "N", "same seed, same text (default: random, told with --json)"),
+)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL and the options of opening it."""
+    parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help='folder, .gguf file or "demo"')
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core allowed")
+    parser.add_argument("--n-ctx", type=positive, metavar="N", help="tokens of prompt and reply together")
+    parser.add_argument("--no-mmap", action="store_true", help="read the weights instead of mapping the file")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The fields of SamplingParams that make sense on a command line."""
+    group = parser.add_argument_group("sampling (defaults are the model's own)")
+    for name, kind, metavar, text in _SAMPLING:
+        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the reply before TEXT; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return value
+
+
+def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given on the command line, as keyword arguments of SamplingParams; checked before a model is opened."""
+    from ..sampling import SamplingParams
+
+    names = [name for name, *_ in _SAMPLING] + ["stop"]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.ignore_eos:
+        given["ignore_eos"] = True
+    SamplingParams(**given)
+    return given
+
+
+def open_llm(arguments: argparse.Namespace) -> LLM:
+    """The model that the command line names."""
+    from ..llm import LLM
+
+    return LLM(
+        arguments.model,
+        device=arguments.device,
+        n_ctx=arguments.n_ctx,
+        threads=arguments.threads,
+        mmap=not arguments.no_mmap,
+    )

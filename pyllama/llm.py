@@ -1,0 +1,351 @@
+"""`LLM`: a model that is opened once and asked many times, from one thread or many.
+
+This file turns what callers pass (text, token ids, messages, options) into requests, and their results into outputs. Steps
+and threads are scheduler.py's, text is reply.py's, files are open.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .common.errors import ContextLengthError, DeviceError, PyllamaError
+from .native import load_native
+from .open import OpenedModel, open_model
+from .outputs import Piece, RequestOutput
+from .reply import Reply
+from .sampling import SamplingParams, build_params
+from .scheduler import Request, Scheduler
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from types import TracebackType
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A LLaMA model, ready to run.
+
+    `path`: a model folder, a foreign checkpoint (GGUF file, Hugging Face folder: converted once into the cache), or "demo".
+    `device`: "auto" or "cpu". `n_ctx`: tokens of prompt and reply together, by default all that the model was made for.
+    `threads`: by default one per physical core that this process may use. `mmap=False` reads the weights instead of mapping
+    them (a mapped file must not shrink while it is used). `format`: what a foreign checkpoint is converted to.
+
+    Raises FileNotFoundError, ModelFormatError, DeviceError, QuantizeError; ValueError for bad arguments.
+    One LLM may be used from many threads: their requests share the model's steps, and do not change each other's results.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        device: str = "auto",
+        n_ctx: int | None = None,
+        threads: int | None = None,
+        mmap: bool = True,
+        format: str | None = None,
+    ) -> None:
+        _check_device(device)
+        _check_count("n_ctx", n_ctx)
+        _check_count("threads", threads)
+        load_native()
+        self._start(open_model(path, mmap=mmap, format=format), n_ctx, threads)
+
+    @classmethod
+    def _from_opened(cls, opened: OpenedModel, n_ctx: int | None = None, threads: int | None = None, **options: Any) -> LLM:
+        """For tests: a model that lies in memory. `options` go to `_C.Model`."""
+        llm = cls.__new__(cls)
+        llm._start(opened, n_ctx, threads, **options)
+        return llm
+
+    def _start(self, opened: OpenedModel, n_ctx: int | None, threads: int | None, **options: Any) -> None:
+        longest = int(opened.config["max_seq_len"])
+        if n_ctx is not None and n_ctx > longest:
+            raise ValueError(f"n_ctx={n_ctx}: this model was made for at most {longest} tokens")
+        self.n_ctx = n_ctx or longest
+        self.config = opened.config
+        self.path = opened.path
+        self.tokenizer = opened.tokenizer
+        self.device = "cpu"
+        self._chat_template = opened.chat_template
+        self._generation_config = opened.generation_config
+        self._model = load_native().Model(
+            opened.native_config(self.n_ctx), opened.weights, threads=threads or 0, **options
+        )
+        self.threads = int(self._model.threads)
+        self.isa = str(self._model.isa)
+        self._scheduler = Scheduler(self._model)
+        self._end_ids = frozenset(opened.end_ids)
+        self._closed = False
+
+    # ------------------------------------------------------------------------------------------------ text from a prompt
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Continues a prompt (text or token ids) to a RequestOutput, or a list of prompts, together, to a list of them.
+
+        `options` are fields of SamplingParams, laid over `params`; a list of prompts may have a list of params. Text gets
+        the model's beginning-of-text token, token ids are taken as they are.
+        Raises ContextLengthError when a prompt leaves no room for a token, ValueError for bad arguments.
+        """
+        if _is_one_prompt(prompts):
+            return self._run([self._reply(prompts, _single(params), options)])[0]
+        if isinstance(params, Sequence):
+            if len(params) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters")
+            choices: Sequence[SamplingParams | None] = params
+        else:
+            choices = [params] * len(prompts)
+        return self._run([self._reply(p, c, options) for p, c in zip(prompts, choices, strict=True)])
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Piece]:
+        """Like `generate` for one prompt, token by token: the pieces' texts joined are its text.
+
+        Arguments are checked at once; the model starts with the first piece asked for. Leaving the loop ends the request.
+        """
+        return self._pieces(self._reply(prompt, params, options))
+
+    # ------------------------------------------------------------------------------------------------ conversations
+
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
+    ) -> RequestOutput:
+        """The model's answer to a conversation: [{"role": "user" | "assistant" | "system", "content": text}, …].
+
+        Raises PyllamaError for a model without a chat template; otherwise as `generate`.
+        """
+        return self._run([self._reply(self.encode_chat(messages), params, options)])[0]
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[Piece]:
+        """Like `chat`, token by token."""
+        return self._pieces(self._reply(self.encode_chat(messages), params, options))
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as the text that the model reads, by the model's own chat template."""
+        return str(self._template(messages).render(list(messages), add_generation_prompt=add_generation_prompt))
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The conversation as the token ids that the model reads."""
+        from .chat_template import encode_chat
+
+        template = self._template(messages)
+        return encode_chat(self.tokenizer, template, list(messages), add_generation_prompt=add_generation_prompt)
+
+    def session(self) -> Session:
+        """A conversation that keeps its cache, so that a longer prompt with the same beginning costs only what is new."""
+        return Session(self)
+
+    def _template(self, messages: Sequence[Message]) -> Any:
+        _check_messages(messages)
+        if self._chat_template is None:
+            raise PyllamaError(f"{self.path}: the model has no chat template; use generate() with a prompt of your own")
+        return self._chat_template
+
+    # ------------------------------------------------------------------------------------------------ numbers
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """The model's logits after each token of a text: float32 [len(token_ids), vocab_size]."""
+        prompt = self._prompt_ids(token_ids)
+        if len(prompt) > self.n_ctx:
+            raise ContextLengthError(f"{len(prompt)} tokens, but the context holds {self.n_ctx}{self._advice()}")
+        request = Request(prompt)
+        self._finish([request], lambda: request.done or request.error is not None)
+        if request.error is not None:
+            raise request.error
+        return np.concatenate([result.logits for result in request.results])
+
+    # ------------------------------------------------------------------------------------------------ life and death
+
+    def close(self) -> None:
+        """Frees the model. Requests of other threads end with an error. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._scheduler.close()
+            self._model = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"device={self.device!r}, threads={self.threads}, n_ctx={self.n_ctx}"
+        return f"LLM({str(self.path)!r}, {state})"
+
+    # ------------------------------------------------------------------------------------------------ from calls to requests
+
+    def _reply(
+        self, prompt: Prompt, params: SamplingParams | None, options: Mapping[str, Any], sequence: Any = None
+    ) -> Reply:
+        if self._closed:
+            raise ValueError("this LLM is closed")
+        settled = build_params(params, options).resolve(self._generation_config)
+        self._check_ids_in_vocabulary("logit_bias", settled.logit_bias or ())
+        ids = self._prompt_ids(prompt)
+        room = self.n_ctx - len(ids)
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens, but the context holds {self.n_ctx} and the reply needs at least one"
+                + self._advice()
+            )
+        request = Request(
+            ids,
+            sampler=load_native().Sampler(**settled.native_arguments()),
+            limit=min(room, settled.max_tokens or room),
+            end_ids=frozenset(settled.stop_token_ids or ()) | (frozenset() if settled.ignore_eos else self._end_ids),
+            sequence=sequence,
+        )
+        return Reply(
+            request,
+            self.tokenizer,
+            stop=tuple(settled.stop or ()),
+            logprobs=settled.logprobs is not None,
+            seed=settled.seed or 0,
+        )
+
+    def _advice(self) -> str:
+        longest = self.config["max_seq_len"]
+        return f"; shorten it, or raise n_ctx (up to {longest})" if self.n_ctx < longest else "; shorten it"
+
+    def _prompt_ids(self, prompt: Prompt) -> NDArray[np.int32]:
+        if isinstance(prompt, str):
+            ids = np.asarray(self.tokenizer.encode(prompt), np.int64)
+        else:
+            ids = _as_ids(prompt)
+            self._check_ids_in_vocabulary("prompt", ids)
+        if not len(ids):
+            raise ValueError("the prompt is empty; a model needs at least one token to start from")
+        return ids.astype(np.int32)
+
+    def _check_ids_in_vocabulary(self, what: str, ids: Any) -> None:
+        size = self.config["vocab_size"]
+        for token in ids:
+            if not 0 <= token < size:
+                raise ValueError(f"{what}: token id {token} is outside the vocabulary of {size}")
+
+    # ------------------------------------------------------------------------------------------------ running requests
+
+    def _finish(self, requests: list[Request], has_news: Any) -> None:
+        try:
+            self._scheduler.submit(requests)
+            self._scheduler.advance(has_news)
+        finally:
+            self._scheduler.release(requests)
+
+    def _run(self, replies: list[Reply]) -> list[RequestOutput]:
+        def all_through() -> bool:
+            for reply in waiting[:]:
+                reply.take()
+                if reply.finish_reason is not None:
+                    waiting.remove(reply)
+            return not waiting
+
+        waiting = list(replies)
+        self._finish([reply.request for reply in replies], all_through)
+        return [reply.output() for reply in replies]
+
+    def _pieces(self, reply: Reply) -> Iterator[Piece]:
+        requests = [reply.request]
+        try:
+            self._scheduler.submit(requests)
+            while reply.finish_reason is None:
+                self._scheduler.advance(lambda: reply.has_news)
+                yield from reply.take()
+        finally:
+            self._scheduler.release(requests)
+
+
+class Session:
+    """One conversation with a cache of its own. For one thread at a time; several sessions may run side by side."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._sequence: Any = None
+        self.reply: Reply | None = None  # the last one; finished once its stream is through
+
+        def make() -> None:
+            self._sequence = llm._model.sequence()
+
+        llm._scheduler.run_alone(make)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Piece]:
+        """Like `LLM.stream`; what the prompt has in common with what was computed before is not computed again."""
+        if self._sequence is None:
+            raise ValueError("this session is closed")
+        if self.reply is not None:
+            self._llm._scheduler.release([self.reply.request])  # a stream that was left in the middle
+        self.reply = self._llm._reply(prompt, params, options, sequence=self._sequence)
+        return self._llm._pieces(self.reply)
+
+    def close(self) -> None:
+        """Gives the cache back."""
+        sequence, self._sequence = self._sequence, None
+        if sequence is not None and not self._llm._closed:
+            self._llm._scheduler.run_alone(sequence.close)
+
+
+# ---------------------------------------------------------------------------------------------------- checks of arguments
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        raise DeviceError('device="cuda": this build has no CUDA backend; use device="cpu" or "auto"')
+    if device not in ("auto", "cpu"):
+        raise ValueError(f'device={device!r}: expected "auto", "cpu" or "cuda"')
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least 1, or None")
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError('messages: expected a list such as [{"role": "user", "content": "Hi"}] that is not empty')
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f'messages[{i}]: expected {{"role": …, "content": …}}, found {message!r}')
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    if isinstance(prompts, str):
+        return True
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim == 1
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise ValueError(f"prompts: expected text, token ids, or a list of those, found {type(prompts).__name__}")
+    return bool(prompts) and isinstance(prompts[0], (int, np.integer))
+
+
+def _single(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams | None:
+    if isinstance(params, Sequence):
+        raise ValueError("a list of sampling parameters needs a list of prompts")
+    return params
+
+
+def _as_ids(prompt: Any) -> NDArray[np.int64]:
+    if isinstance(prompt, np.ndarray):
+        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
+            raise ValueError(f"prompt: expected one row of integers, found {prompt.dtype} {list(prompt.shape)}")
+        return prompt.astype(np.int64)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise ValueError(f"prompt: expected text or a list of token ids, found {type(prompt).__name__}")
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < 2**31:
+            raise ValueError(f"prompt: {token!r} is not a token id")
+    return np.asarray(prompt, np.int64)

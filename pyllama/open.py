@@ -1,0 +1,189 @@
+"""From a path or name to an opened model: our folder is mapped, a foreign checkpoint is converted once into the cache.
+
+The only file of the package that knows `quantize`, and it imports it when a foreign checkpoint is opened, not before.
+Nothing here runs a model; checking files is common/model_folder.py's work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .common.errors import ModelFormatError, PyllamaError
+from .common.formats import FORMATS, VERSION
+from .common.model_folder import ModelFolder, is_model_folder, read_model_folder
+from .common.reader import read_json
+from .demo import demo_source
+from .native import load_native
+from .rope import rope_frequencies
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready for the engine. `weights` are `_C.Weight`s that keep their mapped files alive.
+
+    `chat_template` is None for a model that has none; `generation_config` is {} without that file.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    weights: dict[str, Any]
+    tokenizer: Any
+    chat_template: Any
+    generation_config: dict[str, Any]
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a reply: all that config, tokenizer and generation_config.json name."""
+        named = self.generation_config.get("eos_token_id")
+        listed = named if isinstance(named, list) else [] if named is None else [named]
+        size = self.config["vocab_size"]
+        for token in listed:
+            if type(token) is not int or not 0 <= token < size:
+                raise ModelFormatError(
+                    f"{self.path / 'generation_config.json'}: eos_token_id {token!r} is no token of the vocabulary of {size}"
+                )
+        return frozenset(listed) | frozenset(self.config["eos_token_ids"]) | frozenset(self.tokenizer.eos_ids)
+
+    def native_config(self, n_ctx: int) -> dict[str, Any]:
+        """The config in the engine's words, for contexts of at most `n_ctx` tokens."""
+        inv_freq, factor = rope_frequencies(self.config)
+        return self.config | {"max_seq_len": n_ctx, "rope_inv_freq": inv_freq, "rope_attention_factor": factor}
+
+
+def open_model(path: str | os.PathLike[str], *, mmap: bool = True, format: str | None = None) -> OpenedModel:
+    """Opens a model folder, a .gguf file, a Hugging Face folder, or "demo".
+
+    `mmap=False` reads the weights into memory. `format` is what a foreign checkpoint is converted to; by default f16 and
+    bf16 become q8, and what already lies on one of our grids is repacked without loss.
+    Raises FileNotFoundError, ModelFormatError, QuantizeError; ValueError for a bad `format`.
+    """
+    return load_folder(locate(path, format=format), mmap=mmap)
+
+
+def locate(path: str | os.PathLike[str], *, format: str | None = None) -> Path:
+    """The model folder that `path` means, converting a foreign checkpoint into the cache if it is not there yet."""
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format={format!r}: expected one of {' '.join(FORMATS)}")
+    name = os.fspath(path)
+    if not name:
+        raise ValueError("the model's path is empty")
+    source = demo_source() if name == DEMO else Path(name).expanduser()
+    if not source.exists():
+        raise FileNotFoundError(_not_found(name))
+    if not is_model_folder(source):
+        return _converted(source, format)
+    if format is not None:
+        raise ValueError(f"format={format!r}: {source} is converted already; give the checkpoint it was made from")
+    return source
+
+
+def _not_found(name: str) -> str:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
+        return f'{name}: no such file or folder; this looks like a name on a hub, but models are opened from local files only'
+    return f'{name}: no such file or folder; expected a model folder, a .gguf file, a Hugging Face folder, or "{DEMO}"'
+
+
+# ---------------------------------------------------------------------------------------------------- our own folder
+
+
+def load_folder(path: Path, *, mmap: bool = True) -> OpenedModel:
+    """Opens a folder that `quantize` wrote. Raises ModelFormatError."""
+    from .chat_template import ChatTemplate
+    from .tokenizer import Tokenizer
+
+    folder = read_model_folder(path, use_mmap=mmap)
+    tokenizer = Tokenizer.from_folder(path)
+    return OpenedModel(
+        path=path,
+        config=folder.config,
+        weights=_native_weights(folder),
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate.from_folder(path),
+        generation_config=read_generation_config(path),
+    )
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """generation_config.json of a folder, {} without it. Raises ModelFormatError."""
+    file = path / "generation_config.json"
+    return read_json(file) if file.exists() else {}
+
+
+def native_weight(spec: Any, payload: Any) -> Any:
+    """A `_C.Weight` over a payload in tiles. `spec`: common.formats.TensorSpec."""
+    return load_native().Weight(
+        spec.name,
+        spec.format,
+        list(spec.shape),
+        payload,
+        group=spec.group,
+        scale=spec.scale,
+        offset=spec.offset,
+        codebook=list(spec.codebook),
+        input_order=spec.input_order,
+    )
+
+
+def _native_weights(folder: ModelFolder) -> dict[str, Any]:
+    return {name: native_weight(tensor.spec, tensor.payload()) for name, tensor in folder.tensors.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- foreign checkpoints
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $XDG_CACHE_HOME/pyllama, by default ~/.cache/pyllama."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "pyllama"
+
+
+def _converted(source: Path, format: str | None) -> Path:
+    """The cached conversion of a foreign checkpoint, made now if it is not there."""
+    from quantize import convert
+    from quantize.readers import open_source
+
+    identity = open_source(source).identity
+    key = json.dumps([identity, VERSION, format], sort_keys=True, default=str)
+    stem = re.sub(r"[^\w.-]+", "_", source.resolve().name.removesuffix(".gguf"))[:80]
+    target = cache_folder() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if is_model_folder(target):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PyllamaError(
+            f"{target.parent}: the folder for converted models cannot be made ({error.strerror}); "
+            "set XDG_CACHE_HOME, or convert with `quantize` and open the result"
+        ) from None
+    with _locked(target.with_name(target.name + ".lock")):
+        if not is_model_folder(target):  # another process may have made it while we waited
+            print(f"converting {source} into {target} (once)", file=sys.stderr, flush=True)
+            convert(source, target, format=format)
+            size = sum(file.stat().st_size for file in target.iterdir())
+            print(f"converted: {size / 1e6:.0f} MB in {target}", file=sys.stderr, flush=True)
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock between processes, where the system has such; elsewhere converting twice costs only time."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    # the lock's file stays: removing it would let two waiters hold locks on two different files

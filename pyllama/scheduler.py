@@ -1,0 +1,300 @@
+"""Runs requests as sequences of the model: who goes into which step, and which thread makes it.
+
+There is no thread of our own. Threads that wait for tokens take turns as the *driver*: the driver makes one step for
+everybody's requests, then wakes the others. New requests join at the next step (their prompts in chunks that share a step
+with the decoding ones), finished ones leave. Results never depend on neighbours: the engine promises the same bits for
+any batch and chunking, and random numbers are keyed by (seed, position).
+
+Ctrl-C may strike between any two lines, so every change of shared state is a single atomic operation (append, remove,
+one assignment), and what the engine did in an interrupted step is undone by truncating to what was recorded.
+
+Nothing here knows text: stop strings and decoding are the owner's (llm.py), who reads `Request.results`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .common.errors import PyllamaError
+
+MAX_SEQUENCES = 64  # requests in one step; the others wait for their turn
+_LOGITS_CHUNK_TOK = 64  # rows of logits per step: 64 rows of a 128k vocabulary are 33 MB
+_RECHECK_S = 0.1  # a waiting thread looks again after this, should a wake-up have been lost to Ctrl-C
+
+
+class Request:
+    """One text on its way through the model. The driver writes `n_fed` and `results`; the owner reads them.
+
+    `prompt`: int32 [n], n >= 1. `limit`: tokens to sample at most. With `sampler` None, every chunk's logits are recorded
+    instead. `sequence` hands in a cache to go on with: what it has in common with the prompt is not computed again.
+    """
+
+    def __init__(
+        self,
+        prompt: NDArray[np.int32],
+        *,
+        sampler: Any = None,
+        limit: int = 0,
+        end_ids: Collection[int] = (),
+        sequence: Any = None,
+    ) -> None:
+        self.prompt = prompt
+        self.sampler = sampler
+        self.limit = limit
+        self.end_ids = end_ids
+        self.sequence = sequence
+        self.keep_sequence = sequence is not None
+        self.started = False
+        self.n_reused = 0  # tokens found in the sequence's cache
+        self.n_fed = 0  # tokens of the prompt that are in the cache
+        self.results: list[Any] = []  # a StepResult per sampled token (or per chunk, for logits)
+        self.done = False  # nothing more to compute; may be set by the owner (a stop string)
+        self.error: BaseException | None = None
+        self.start_s = self.first_s = self.last_s = 0.0
+        self._next_token = np.zeros(1, np.int32)
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens that the sequence holds after the recorded steps."""
+        if self.sampler is None:
+            return sum(len(result.logits) for result in self.results)
+        if not self.results:
+            return self.n_fed
+        return len(self.prompt) + len(self.results) - 1
+
+    @property
+    def wants_step(self) -> bool:
+        """True while there is something to compute."""
+        return not (self.done or self.error is not None)
+
+    def begin(self, model: Any) -> None:
+        """Takes or makes the sequence, and finds how much of the prompt it already holds."""
+        if self.sequence is None:
+            self.sequence = model.sequence()
+        shared = common_prefix(self.sequence.tokens, self.prompt) if self.keep_sequence else 0
+        self.n_fed = self.n_reused = min(shared, len(self.prompt) - 1)  # the last token must be fed to get logits
+        self.sequence.truncate(self.n_fed)
+        self.sequence.prompt_len = len(self.prompt)
+        self.start_s = time.perf_counter()
+        self.started = True
+
+    @property
+    def decoding(self) -> bool:
+        """True once the prompt is through and a token was sampled."""
+        return self.sampler is not None and bool(self.results)
+
+    def next_tokens(self, room: int) -> NDArray[np.int32]:
+        """What to feed in this step: the last sampled token, or a chunk of the prompt of at most `room` tokens."""
+        if self.decoding:
+            self._next_token[0] = self.results[-1].token
+            return self._next_token
+        if self.sampler is None:
+            room = min(room, _LOGITS_CHUNK_TOK)
+        start = self.n_cached
+        return self.prompt[start : start + room]
+
+    def settle(self, n_tok: int, result: Any, now: float) -> None:
+        """Records a step's outcome by exactly one atomic change of what `n_cached` counts."""
+        if self.sampler is not None and not self.results:
+            if self.n_fed + n_tok < len(self.prompt):
+                self.n_fed += n_tok
+                return
+            self.first_s = now
+        self.last_s = now
+        self.results.append(result)
+        self.check_done()
+
+    def check_done(self) -> None:
+        """Notices the end from what is recorded."""
+        if self.sampler is None:
+            self.done = self.done or self.n_cached == len(self.prompt)
+        elif self.results:
+            self.done = self.done or len(self.results) >= self.limit or self.results[-1].token in self.end_ids
+
+
+def common_prefix(tokens: Sequence[int], prompt: NDArray[np.int32]) -> int:
+    """Length of the common beginning of two token lists."""
+    n = min(len(tokens), len(prompt))
+    different = np.flatnonzero(np.asarray(tokens[:n], np.int32) != prompt[:n])
+    return int(different[0]) if len(different) else n
+
+
+class Scheduler:
+    """Owns the model's steps. All methods may be called from any thread."""
+
+    def __init__(self, model: Any, max_sequences: int = MAX_SEQUENCES) -> None:
+        self._model = model
+        self._max_sequences = max_sequences
+        self._max_batch_tok: int = model.max_batch_tok
+        self._requests: list[Request] = []  # in order of arrival
+        self._lock = Lock()  # guards the choice of the driver only
+        self._driver: object | None = None
+        self._gates: deque[Any] = deque()  # one closed lock per waiting thread
+        self._dirty = False  # a step was begun whose outcome is not all recorded
+        self._leftovers = False  # finished requests may still be in the list
+        self._closed = False
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues requests. Their owner must `advance` them and finally `release` them."""
+        if self._closed:
+            raise ValueError("this LLM is closed")
+        self._requests.extend(requests)
+
+    def advance(self, has_news: Callable[[], bool]) -> None:
+        """Returns as soon as `has_news()`: by driving steps, or by waiting for the thread that does."""
+        while not has_news():
+            if not self._drive(self._step):
+                self._wait(has_news)
+
+    def release(self, requests: Sequence[Request]) -> None:
+        """The owner is through with these (finished or not): their pages are freed as soon as no step uses them."""
+        for request in requests:
+            request.done = True
+        self._leftovers = True
+        self._tidy()
+
+    def run_alone(self, action: Callable[[], None]) -> None:
+        """Calls `action` when no step is running, and keeps steps out meanwhile."""
+        while not self._drive(action):
+            self._wait(lambda: False)
+
+    def close(self) -> None:
+        """Fails what is still running, frees every sequence and lets go of the model."""
+        self._closed = True
+
+        def shut() -> None:
+            self._fail_all(PyllamaError("the LLM was closed while this request was running"))
+            self._purge()
+            self._model = None
+
+        self.run_alone(shut)
+
+    # ------------------------------------------------------------------------------------------------ whose turn it is
+
+    def _drive(self, action: Callable[[], None]) -> bool:
+        """Calls `action` as the driver and returns True, or returns False because there is another driver."""
+        if not self._take_turn(action):
+            return False
+        if self._leftovers:
+            self._tidy()
+        return True
+
+    def _tidy(self) -> None:
+        # Whoever drives meanwhile looks at _leftovers after leaving, so nothing is forgotten when this finds a driver.
+        while self._leftovers and self._take_turn(self._purge):
+            pass
+
+    def _take_turn(self, action: Callable[[], None]) -> bool:
+        me = object()
+        try:
+            with self._lock:
+                if self._driver is None:
+                    self._driver = me
+            if self._driver is not me:
+                return False
+            action()
+        finally:
+            if self._driver is me:
+                self._driver = None
+                self._wake()
+        return True
+
+    def _wait(self, has_news: Callable[[], bool]) -> None:
+        gate = Lock()
+        gate.acquire()
+        self._gates.append(gate)
+        if self._driver is not None and not has_news():
+            gate.acquire(timeout=_RECHECK_S)
+
+    def _wake(self) -> None:
+        while self._gates:
+            try:
+                self._gates.popleft().release()
+            except IndexError:  # another thread took the last one
+                return
+
+    # ------------------------------------------------------------------------------------------------ the driver's work
+
+    def _purge(self) -> None:
+        self._leftovers = False
+        for request in [r for r in self._requests if not r.wants_step]:
+            self._requests.remove(request)
+            if request.sequence is not None and not request.keep_sequence:
+                request.sequence.close()
+                request.sequence = None
+
+    def _resync(self) -> None:
+        """After a step that was cut short: every sequence back to what is recorded of it."""
+        for request in self._requests:
+            if request.started and request.sequence is not None:
+                request.check_done()
+                if request.sequence.n_past > request.n_cached:
+                    request.sequence.truncate(request.n_cached)
+        self._dirty = False
+
+    def _choose(self) -> list[Request]:
+        """The requests that take part in the next step; those that are new are begun."""
+        chosen = [r for r in self._requests if r.wants_step][: self._max_sequences]
+        for request in chosen:
+            if not request.started:
+                try:
+                    request.begin(self._model)
+                except Exception as error:  # no memory for its pages, say: that is its own misfortune
+                    request.error = error
+        return [r for r in chosen if r.wants_step]
+
+    def _plan(self) -> tuple[list[Request], list[tuple[Any, Any, Any, str]]]:
+        """Lays out the next step: a token of every decoding request first, then chunks of prompts in order of arrival."""
+        chosen = self._choose()
+        room = self._max_batch_tok
+        members: list[Request] = []
+        items: list[tuple[Any, Any, Any, str]] = []
+        for request in sorted(chosen, key=lambda r: not r.decoding):
+            if room <= 0:
+                break
+            tokens = request.next_tokens(room)
+            room -= len(tokens)
+            members.append(request)
+            items.append((request.sequence, tokens, *self._wanted(request, len(tokens))))
+        return members, items
+
+    @staticmethod
+    def _wanted(request: Request, n_tok: int) -> tuple[Any, str]:
+        if request.sampler is None:
+            return None, "all"
+        last = request.decoding or request.n_cached + n_tok == len(request.prompt)
+        return (request.sampler if last else None), "none"
+
+    def _step(self) -> None:
+        if self._closed:
+            self._fail_all(PyllamaError("the LLM was closed while this request was running"))
+        if self._dirty:
+            self._resync()
+        if any(not r.wants_step for r in self._requests):
+            self._purge()
+        members, items = self._plan()
+        if not items:
+            return
+        self._dirty = True
+        try:
+            results = self._model.step(items)
+        except Exception as error:
+            for request in members:
+                request.error = error
+            return
+        now = time.perf_counter()
+        for request, item, result in zip(members, items, results, strict=True):
+            request.settle(len(item[1]), result, now)
+        self._dirty = False
+
+    def _fail_all(self, error: Exception) -> None:
+        for request in list(self._requests):
+            if request.wants_step:
+                request.error = error
