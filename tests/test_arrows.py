@@ -31,12 +31,12 @@ WORDS = {"error", "formats", "tensor", "config"}
 # Rooms of the Python packages, longest prefix first, and what each may import of ours.
 PYTHON_ARROWS = {
     "pyllama.common": {"pyllama.common"},
-    "pyllama.cli": {"pyllama", "pyllama.common", "pyllama.cli", "pyllama._C"},
+    "pyllama.__main__": {"pyllama.cli"},  # `python -m pyllama` is the command
+    "pyllama.cli": {"pyllama", "pyllama.common", "pyllama.cli", "pyllama.open", "pyllama._C"},
     "pyllama.open": {"pyllama", "pyllama.common", "pyllama._C", "quantize"},
     "pyllama": {"pyllama", "pyllama.open", "pyllama.common", "pyllama._C"},
     "quantize": {"pyllama.common", "quantize"},
 }
-# The commands of one package are leaves: nothing but themselves may import them.
 ALLOWED_IN_COMMON = {"numpy"}
 
 
