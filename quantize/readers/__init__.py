@@ -1,0 +1,83 @@
+"""Opens a checkpoint of any kind that this version reads; what the path is decides, not an option.
+
+Readers check everything before they hand over a Source: bounds, names, shapes, config. Weights are read later, tensor by
+tensor. Nothing is converted or written here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pyllama.common.errors import ModelFormatError
+from pyllama.common.reader import BoundedFile, shown
+
+from .source import Source, SourceTensor
+
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Opens a checkpoint: a .gguf file, a Hugging Face folder, its .safetensors file, or a folder with one .gguf.
+
+    Raises ModelFormatError that names the path and says what was found and what can be read.
+    """
+    path = Path(path)
+    try:
+        is_folder = path.is_dir()
+    except ValueError as error:  # a NUL in the path
+        raise ModelFormatError(f"{shown(str(path))}: {error}") from None
+    if not os.path.lexists(path):
+        raise ModelFormatError(f"{path}: does not exist; expected a .gguf file or a Hugging Face folder")
+    return _open_folder(path) if is_folder else _open_file(path)
+
+
+def _open_file(path: Path) -> Source:
+    with BoundedFile(path) as file:
+        magic = file.read_at(0, min(file.size, 4))
+    if not magic:
+        raise ModelFormatError(f"{path}: is empty; expected a .gguf or .safetensors file")
+    if magic in (b"GGUF", b"FUGG") or path.suffix == ".gguf":
+        from .gguf import open_gguf
+
+        return open_gguf(path)
+    if path.suffix == ".safetensors":
+        from .safetensors_folder import open_safetensors
+
+        return open_safetensors(path.parent, single=path)
+    if path.suffix in _TORCH_SUFFIXES or magic[:2] == b"PK":
+        _refuse_torch(path)
+    raise ModelFormatError(f"{path}: starts with {shown(magic)}; expected a .gguf or .safetensors file")
+
+
+def _open_folder(path: Path) -> Source:
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise ModelFormatError(f"{path}: cannot be listed: {error.strerror}") from None
+    if not names:
+        raise ModelFormatError(f"{path}: is an empty folder; expected config.json and *.safetensors, or one .gguf file")
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    safetensors = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
+    if len(ggufs) == 1 and not safetensors:
+        return _open_file(path / ggufs[0])
+    if ggufs and not safetensors:
+        raise ModelFormatError(f"{path}: holds {len(ggufs)} .gguf files; name one of them: {', '.join(ggufs[:8])}")
+    if not safetensors:
+        for name in names:
+            if name.endswith(_TORCH_SUFFIXES):
+                _refuse_torch(path / name)
+    if "config.json" not in names:
+        raise ModelFormatError(f"{path}: holds no config.json; expected a Hugging Face folder or one .gguf file")
+    from .safetensors_folder import open_safetensors
+
+    return open_safetensors(path)
+
+
+def _refuse_torch(path: Path) -> None:
+    raise ModelFormatError(
+        f"{path}: is a PyTorch checkpoint; this version reads safetensors and GGUF (save the model as safetensors first)"
+    )
+
+
+__all__ = ["Source", "SourceTensor", "open_source"]

@@ -1,0 +1,203 @@
+"""Reads a Hugging Face folder: config.json, and weights in one safetensors file or in shards with an index.
+
+The config is checked field by field and made canonical; what would change the computation and is not known is refused.
+Quantized Hugging Face checkpoints and PyTorch files are refused in this version. The container is pyllama.common.safetensors'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyllama.common.errors import ModelFormatError
+from pyllama.common.reader import BoundedFile, read_bytes, read_json, shown
+from pyllama.common.safetensors import SafetensorsFile, read_safetensors
+
+from ..families import Family, Fields, base_config, bind, check_rope_scaling, find_family
+from .source import DENSE_TYPES, Source, StoredTensor
+
+INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 1 << 24
+MAX_SHARDS = 4096
+
+# Files that a tokenizer may need, and the most bytes each may have.
+TOKENIZER_FILES = {
+    "tokenizer.json": 1 << 28,
+    "tokenizer.model": 1 << 26,
+    "tokenizer_config.json": 1 << 24,
+    "special_tokens_map.json": 1 << 22,
+    "added_tokens.json": 1 << 24,
+    "generation_config.json": 1 << 20,
+    "chat_template.jinja": 1 << 22,
+}
+
+
+def open_safetensors(folder: Path, single: Path | None = None) -> Source:
+    """A Hugging Face folder as a Source; `single`: the one weight file that was asked for.
+
+    Raises ModelFormatError for a damaged file or a model that this version cannot run.
+    """
+    config_path = folder / "config.json"
+    if not config_path.exists():
+        raise ModelFormatError(f"{folder}: holds no config.json, which a safetensors checkpoint needs beside it")
+    raw = read_json(config_path)
+    if raw.get("format") == "pyllama":
+        raise ModelFormatError(f"{folder}: is already a pyllama model; open it as it is, or quantize its source again")
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.exists() else {}
+    family, config, biases = _canonical_config(raw, str(config_path))
+    if generation.get("eos_token_id") is not None:
+        ends = Fields(generation, str(generation_path)).tokens("eos_token_id", config["vocab_size"])
+        config["eos_token_ids"] = ends
+    paths, index = ([single], None) if single is not None else _weight_files(folder)
+    stored = _load(paths, index)
+    _check_tied(family, config, stored, str(config_path))
+    tensors = bind(family, config, stored, str(folder), biases=biases)
+    used = [config_path, *paths, *(folder / name for name in TOKENIZER_FILES if (folder / name).exists())]
+    identity = _identity((single or folder).resolve().name, used)
+    return Source("safetensors", config, tensors, generation, identity, lambda: _tokenizer_files(folder))
+
+
+def _canonical_config(raw: Mapping[str, Any], where: str) -> tuple[Family, dict[str, Any], bool]:
+    """The family, the canonical config, and whether q, k and v have biases."""
+    names = raw.get("architectures")
+    if names is not None and not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
+        raise ModelFormatError(f"{where}: architectures: found {shown(names)}, expected a list of one name")
+    family = find_family("safetensors", names[0] if names else None, raw.get("model_type"), where)
+    rope = raw.get("rope_parameters")
+    if rope is not None and not isinstance(rope, dict):
+        raise ModelFormatError(f"{where}: rope_parameters: found {shown(rope)}, expected an object")
+    values = dict(raw)
+    scaling = raw.get("rope_scaling")
+    if rope:  # the newer spelling holds base and scaling in one object
+        if rope.get("rope_theta") is not None:
+            values["rope_theta"] = rope["rope_theta"]
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    fields = Fields(values, where, family.defaults)
+    config = base_config(family, fields)
+    _refuse_variants(fields, config, rope or {})
+    config["rope_scaling"] = check_rope_scaling(scaling, f"{where}: rope_scaling")
+    config["tied_embeddings"] = fields.flag("tie_word_embeddings")
+    config["bos_token_id"] = fields.token("bos_token_id", config["vocab_size"])
+    config["eos_token_ids"] = fields.tokens("eos_token_id", config["vocab_size"])
+    return family, config, fields.flag("attention_bias")
+
+
+def _refuse_variants(fields: Fields, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """Refuses settings that change the computation into one that the engine does not have."""
+    if fields.get("quantization_config") is not None:
+        fields.fail(
+            "quantization_config", "quantized Hugging Face checkpoints are not supported yet; take the original"
+        )
+    if fields.get("hidden_act") != "silu":
+        fields.fail("hidden_act", f"found {shown(fields.get('hidden_act'))}, only 'silu' is supported")
+    if fields.flag("mlp_bias"):
+        fields.fail("mlp_bias", "biases in the MLP are not supported in this version")
+    window = fields.get("sliding_window")
+    if window is not None and fields.integer("sliding_window", 1, 1 << 30) < config["max_seq_len"]:
+        fields.fail(
+            "sliding_window",
+            f"found {window}, shorter than max_position_embeddings {config['max_seq_len']};"
+            " sliding-window attention is not supported in this version",
+        )
+    for owner in (fields, Fields(rope, f"{fields.where}: rope_parameters")):
+        if owner.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
+            owner.fail("partial_rotary_factor", f"found {owner.get('partial_rotary_factor')}, only 1 is supported")
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files of a folder, and the index's map from tensor to file if there is one."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"], None
+    if (folder / INDEX).exists():
+        index = _read_index(folder / INDEX)
+        paths = [folder / name for name in sorted(set(index.values()))]
+        for path in paths:
+            if not path.exists():
+                count = sum(name == path.name for name in index.values())
+                raise ModelFormatError(f"{path}: is missing; {INDEX} lists it for {count} tensors")
+        return paths, index
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:8]) or "none"
+        raise ModelFormatError(
+            f"{folder}: expected model.safetensors, {INDEX} or a single *.safetensors file, found {names}"
+        )
+    return found, None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFormatError(f"{path}: weight_map: expected an object that maps tensors to files")
+    for tensor, name in weight_map.items():
+        plain = isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\\0")
+        if not plain:
+            raise ModelFormatError(
+                f"{path}: {shown(tensor)} lies in {shown(name)}, expected a .safetensors file in this folder"
+            )
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise ModelFormatError(f"{path}: lists {len(set(weight_map.values()))} files, at most {MAX_SHARDS} are allowed")
+    return weight_map
+
+
+def _load(paths: list[Path], index: dict[str, str] | None) -> dict[str, StoredTensor]:
+    """All tensors of the files; with an index, each must lie where the index says, and none may be left out of it."""
+    stored: dict[str, StoredTensor] = {}
+    for path in paths:
+        file = read_safetensors(path)
+        for name in file.tensors:
+            if index is not None and index.get(name) != path.name:
+                listed = f"{INDEX} says {shown(index[name])}" if name in index else f"{INDEX} does not list it"
+                raise ModelFormatError(f"{path}: holds tensor {shown(name)}, but {listed}")
+            stored[name] = _stored(file, name)
+    for name, shard in (index or {}).items():
+        if name not in stored:
+            raise ModelFormatError(
+                f"{paths[0].parent / shard}: tensor {shown(name)} is not in it, though {INDEX} says so"
+            )
+    return stored
+
+
+def _stored(file: SafetensorsFile, name: str) -> StoredTensor:
+    info = file.tensors[name]
+    kind = DENSE_TYPES.get(info.dtype)
+    return StoredTensor(file.file, name, info.dtype, kind, info.shape, info.start, info.end - info.start)
+
+
+def _check_tied(family: Family, config: Mapping[str, Any], stored: dict[str, StoredTensor], where: str) -> None:
+    """A tied checkpoint may carry the head a second time, as long as it is the same; the copy is dropped."""
+    head, embedding = family.outer["output"], family.outer["tok_embeddings"]
+    if not config["tied_embeddings"] or head not in stored or embedding not in stored:
+        return
+    copy, original = stored.pop(head), stored[embedding]
+    same = copy.shape == original.shape and copy.type_name == original.type_name
+    if not same or not np.array_equal(copy.data(), original.data()):
+        raise ModelFormatError(f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}")
+
+
+def _identity(name: str, paths: list[Path]) -> dict[str, Any]:
+    """Over all files that a conversion reads, so that a new tokenizer or config makes another identity."""
+    head, size, newest = hashlib.sha256(), 0, 0
+    for path in paths:
+        with BoundedFile(path) as file:
+            head.update(file.read_at(0, min(file.size, 1 << 20)))
+            size, newest = size + file.size, max(newest, file.mtime_ns)
+    head.update(str(size).encode())
+    return {
+        "kind": "safetensors",
+        "name": name,
+        "size_bytes": size,
+        "mtime_ns": newest,
+        "sha256_head": head.hexdigest(),
+    }
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    return {
+        name: read_bytes(folder / name, cap, name) for name, cap in TOKENIZER_FILES.items() if (folder / name).exists()
+    }
