@@ -1,0 +1,158 @@
+"""The build keeps its promises: one version, one set of flags per instruction set, errors that say what is missing.
+
+Looks at the dev build's compile commands and runs CMake and setup.py on small copies; it compiles nothing of ours.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = Path(os.environ.get("PYLLAMA_BUILD_DIR") or ROOT / "build" / "dev")
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
+def extension() -> Any:
+    return pytest.importorskip("pyllama._C", reason="the extension is not built (run `make dev`)")
+
+
+@pytest.fixture(scope="module")
+def commands() -> dict[str, list[str]]:
+    """Source, relative to the root -> the words of its compile command."""
+    database = BUILD / "compile_commands.json"
+    if not database.is_file():
+        pytest.skip(f"no {database} (run `make dev`)")
+    entries = json.loads(database.read_text())
+    return {str(Path(e["file"]).relative_to(ROOT)): shlex.split(e["command"]) for e in entries}
+
+
+def test_the_version_has_one_home() -> None:
+    assert VERSION is not None
+    assert extension().build_info()["version"] == VERSION[1]
+    heads = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heads == [] or heads[0] == VERSION[1]
+
+
+def test_every_source_is_built_and_nothing_else(commands: dict[str, list[str]]) -> None:
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")}
+    assert set(commands) == sources
+
+
+def test_results_do_not_depend_on_the_building_machine(commands: dict[str, list[str]]) -> None:
+    for source, words in commands.items():
+        assert "-ffp-contract=off" in words, source
+        harmful = [w for w in words if re.fullmatch(r"-march=.*|-mtune=.*|-ffast-math|-Ofast|-flto.*|-funsafe.*", w)]
+        assert harmful == [], source
+
+
+def test_only_kernels_are_compiled_for_an_instruction_set(commands: dict[str, list[str]]) -> None:
+    for source, words in commands.items():
+        flags = [w for w in words if w.startswith("-m")]
+        kernels = Path(source).name.startswith("kernels_") and Path(source).stem != "kernels_scalar"
+        assert bool(flags) == kernels, f"{source}: {flags}"
+
+
+def configure(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    cmake = pytest.importorskip("cmake", reason="cmake is not installed as a Python package (pip install '.[dev]')")
+    program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+    command = [program, "-S", str(tree), "-B", str(tree / "out"), f"-DPython_EXECUTABLE={sys.executable}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path) -> Path:
+    """CMakeLists.txt over a csrc of empty files."""
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("tensor", "bindings", "model/model", "cpu/kernels_scalar"):
+        path = tmp_path / "csrc" / f"{name}.cpp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    return tmp_path
+
+
+def test_an_unknown_instruction_set_is_an_error(small_tree: Path) -> None:
+    (small_tree / "csrc/cpu/kernels_mmx.cpp").write_text("")
+    done = configure(small_tree)
+    assert done.returncode != 0
+    assert "'mmx'" in done.stderr and "table in CMakeLists.txt" in " ".join(done.stderr.split())
+
+
+def test_another_architecture_builds_the_scalar_kernels_alone(small_tree: Path) -> None:
+    (small_tree / "csrc/cpu/kernels_avx2.cpp").write_text("")
+    (small_tree / "toolchain.cmake").write_text("set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_SYSTEM_PROCESSOR aarch64)\n")
+    done = configure(small_tree, f"-DCMAKE_TOOLCHAIN_FILE={small_tree / 'toolchain.cmake'}")
+    assert done.returncode == 0, done.stderr
+    built = {Path(e["file"]).name for e in json.loads((small_tree / "out/compile_commands.json").read_text())}
+    assert built == {"tensor.cpp", "bindings.cpp", "model.cpp", "kernels_scalar.cpp"}
+
+
+@pytest.mark.parametrize(
+    ("compiler", "expected"),
+    [("", "no C++ compiler found"), ("no-such-compiler -O2", "no program no-such-compiler was found")],
+)
+def test_a_missing_compiler_is_named(compiler: str, expected: str, tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "README.md").write_text("")
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path / "empty")}
+    environment |= {"CXX": compiler} if compiler else {}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def public_names(body: list[ast.stmt]) -> set[str]:
+    names: set[str] = set()
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return {n for n in names if not n.startswith("_")}
+
+
+def test_the_stub_and_the_extension_name_the_same_things() -> None:
+    module = extension()
+    tree = ast.parse((ROOT / "pyllama" / "_C.pyi").read_text())
+    built = {n for n in dir(module) if not n.startswith("_")}
+    assert public_names(tree.body) == built
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name != "ops":
+            members = {n for n in dir(getattr(module, node.name)) if not n.startswith("_")}
+            assert public_names(node.body) == members, node.name
+
+
+@pytest.mark.parametrize("command", ["pyllama", "quantize"])
+def test_help_works_without_the_extension(command: str) -> None:
+    code = f"""
+import runpy, sys
+sys.modules["pyllama._C"] = None
+sys.argv = ["{command}", "--help"]
+runpy.run_module("{command}", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+
+
+def test_a_python_that_is_not_there_is_named(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHON": "no-such-python"}
+    command = ["bash", str(ROOT / "scripts" / "make_venv.sh"), str(tmp_path / "venv")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no no-such-python found" in done.stderr
+    assert not (tmp_path / "venv").exists()
