@@ -1,0 +1,153 @@
+#include "activations.h"
+
+#include <algorithm>
+
+namespace pyllama {
+namespace cpu {
+
+WeightView view(const Weight& w) {
+  return {w.format, w.scale_type, w.offset_type, w.N,      w.K,       w.Kp(),
+          w.group,  w.groups(),   w.codebook.data(), w.codes, w.scales, w.offsets};
+}
+
+Activations::Activations(int max_tok, int max_columns, const Kernels& kernels, ThreadPool& pool)
+    : kernels_(kernels), pool_(pool) {
+  const size_t padded = static_cast<size_t>(round_up(max_columns, kColumnPad)), tok = static_cast<size_t>(max_tok);
+  normed_.resize(tok * padded);
+  q_.resize(tok * padded);
+  scale_.resize(tok * padded / 32);
+  sum_.resize(tok * padded / 32);
+  sum32_.resize(tok * padded / 32);
+  sum64_.resize(tok * (padded / 64 + 1));
+  sum128_.resize(tok * (padded / 128 + 1));
+}
+
+// Σ q·scale over each group of the weight, ascending from its first 32 columns.
+void Activations::sum_groups(int m, int group, std::vector<float>& sums) {
+  const int blocks = Kp_ / 32, per_group = group / 32, groups = (K_ + group - 1) / group;
+  const float* scale = scale_.data() + static_cast<int64_t>(m) * blocks;
+  const int32_t* sum = sum_.data() + static_cast<int64_t>(m) * blocks;
+  for (int g = 0; g < groups; g++) {
+    float total = 0.0f;
+    for (int b = g * per_group; b < std::min(blocks, (g + 1) * per_group); b++) {
+      const float part = static_cast<float>(sum[b]) * scale[b];
+      total = b == g * per_group ? part : total + part;
+    }
+    sums[static_cast<size_t>(m) * groups + g] = total;
+  }
+}
+
+void Activations::prepare_row(int m, bool quantize, const int32_t* order, const float* norm, float eps) {
+  const float* row = source_ + m * ld_source_;
+  if (norm) {
+    float* y = normed_.data() + static_cast<int64_t>(m) * K_;
+    kernels_.rmsnorm(row, norm, K_, eps, y);
+    row = y;
+  }
+  if (!quantize) return;
+  std::vector<float> reordered;
+  if (order) {
+    reordered.resize(static_cast<size_t>(K_));
+    for (int k = 0; k < K_; k++) reordered[static_cast<size_t>(k)] = row[order[k]];
+    row = reordered.data();
+  }
+  const int64_t block = static_cast<int64_t>(m) * (Kp_ / 32);
+  kernels_.quantize_row(row, K_, q_.data() + static_cast<int64_t>(m) * Kp_, scale_.data() + block, sum_.data() + block);
+}
+
+void Activations::set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products,
+                      int n) {
+  source_ = x;
+  ld_source_ = ldx;
+  M_ = M;
+  K_ = K;
+  Kp_ = static_cast<int>(round_up(K, kColumnPad));
+  rows_ = norm ? normed_.data() : x;
+  ld_rows_ = norm ? K : ldx;
+  bool quantize = false;
+  bool offset[3] = {};  // groups of 32, 64, 128 that a format with an offset asks for
+  for (int i = 0; i < n; i++) {
+    const Weight& w = *products[i].w;
+    if (!w.quantized() || w.input_order) continue;
+    quantize = true;
+    if (info(w.format).has_offset) offset[w.group / 64] = true;
+  }
+  pool_.run(M, [&](int m, int) {
+    prepare_row(m, quantize, nullptr, norm, eps);
+    if (offset[0]) sum_groups(m, 32, sum32_);
+    if (offset[1]) sum_groups(m, 64, sum64_);
+    if (offset[2]) sum_groups(m, 128, sum128_);
+  });
+}
+
+MatmulArgs Activations::arguments(const Product& p) const {
+  auto& self = const_cast<Activations&>(*this);
+  MatmulArgs a{};
+  a.w = view(*p.w);
+  a.M = M_;
+  a.xq = {self.q_.data(), self.scale_.data(), self.sum_.data(), nullptr};
+  if (info(p.w->format).has_offset) {
+    a.xq.group_sum = (p.w->group == 32 ? self.sum32_ : p.w->group == 64 ? self.sum64_ : self.sum128_).data();
+  }
+  a.x = rows_;
+  a.ldx = ld_rows_;
+  a.bias = p.bias;
+  a.y = p.y;
+  a.ldy = p.ldy;
+  a.accumulate = p.accumulate;
+  return a;
+}
+
+int Activations::tiles_per_task(int tiles) const {
+  return std::max(1, tiles / (pool_.threads() * 8));
+}
+
+// The columns of an act-order import lie in another order: its input is reordered before it is quantized.
+void Activations::multiply_reordered(const Product& p) {
+  std::vector<float>& sums = p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_;
+  const float* source = source_;
+  const int64_t ld_source = ld_source_;
+  source_ = rows_;  // normed already
+  ld_source_ = ld_rows_;
+  pool_.run(M_, [&](int m, int) {
+    prepare_row(m, true, p.w->input_order, nullptr, 0);
+    sum_groups(m, p.w->group, sums);
+  });
+  source_ = source;
+  ld_source_ = ld_source;
+  const MatmulArgs a = arguments(p);
+  const int tiles = p.w->tiles(), step = tiles_per_task(tiles);
+  pool_.run((tiles + step - 1) / step,
+            [&](int task, int) { kernels_.matmul(a, task * step, std::min(tiles, (task + 1) * step)); });
+}
+
+void Activations::multiply(const Product* products, int n) {
+  constexpr int kMost = 4;
+  MatmulArgs args[kMost];
+  int first_task[kMost + 1] = {0}, tiles[kMost], step = 1, count = 0, all = 0;
+  for (int i = 0; i < n; i++) {
+    if (!products[i].w->input_order) all += products[i].w->tiles();
+  }
+  step = tiles_per_task(all);
+  for (int i = 0; i < n; i++) {
+    if (products[i].w->input_order) continue;
+    args[count] = arguments(products[i]);
+    tiles[count] = products[i].w->tiles();
+    first_task[count + 1] = first_task[count] + (tiles[count] + step - 1) / step;
+    count++;
+  }
+  if (count) {
+    pool_.run(first_task[count], [&](int task, int) {
+      int i = 0;
+      while (task >= first_task[i + 1]) i++;
+      const int begin = (task - first_task[i]) * step;
+      kernels_.matmul(args[i], begin, std::min(tiles[i], begin + step));
+    });
+  }
+  for (int i = 0; i < n; i++) {  // last: they overwrite the shared int8 rows
+    if (products[i].w->input_order) multiply_reordered(products[i]);
+  }
+}
+
+}  // namespace cpu
+}  // namespace pyllama

@@ -1,0 +1,233 @@
+// The Backend verbs on the CPU: each is one or two parallel regions over the kernels of the chosen instruction set.
+// Activations are float32 between verbs and int8 per 32 columns inside a product with quantized weights.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../backend.h"
+#include "../error.h"
+#include "activations.h"
+#include "attention.h"
+#include "cpu.h"
+#include "embedding.h"
+#include "os.h"
+#include "thread_pool.h"
+#include "trig.h"
+
+namespace pyllama {
+namespace cpu {
+
+namespace {
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const Config& config, const ModelWeights& weights, const CpuOptions& options)
+      : c_(config),
+        w_(weights),
+        kernels_(kernels_for(options.isa)),
+        max_batch_tok_(options.max_batch_tok),
+        pool_(options.threads > 0 ? options.threads : default_threads()),
+        in_(options.max_batch_tok, std::max({config.dim, config.q_dim(), config.hidden_dim}), kernels_, pool_),
+        attention_(c_, kernels_, pool_) {
+    const size_t tok = static_cast<size_t>(max_batch_tok_);
+    x_.resize(tok * c_.dim);
+    q_.resize(tok * c_.q_dim());
+    k_.resize(tok * c_.kv_dim());
+    v_.resize(tok * c_.kv_dim());
+    o_.resize(tok * c_.q_dim());
+    gate_.resize(tok * c_.hidden_dim);
+    up_.resize(tok * c_.hidden_dim);
+    h_.resize(tok * c_.hidden_dim);
+    cos_.resize(tok * c_.head_dim / 2);
+    sin_.resize(tok * c_.head_dim / 2);
+    out_x_.resize(tok * c_.dim);
+  }
+
+  ~CpuBackend() override {
+    for (uint16_t* page : pages_) free_zeroed(page, page_bytes());
+  }
+
+  const char* name() const override { return kernels_.isa; }
+  int max_batch_tok() const override { return max_batch_tok_; }
+
+  int new_page() override {
+    if (!free_pages_.empty()) {
+      const int page = free_pages_.back();
+      free_pages_.pop_back();
+      return page;
+    }
+    pages_.reserve(pages_.size() + 1);
+    free_pages_.reserve(pages_.size() + 1);  // so that free_page cannot throw
+    pages_.push_back(static_cast<uint16_t*>(alloc_zeroed(page_bytes())));
+    return static_cast<int>(pages_.size()) - 1;
+  }
+  void free_page(int page) override { free_pages_.push_back(page); }
+  void copy_page(int to, int from) override {
+    std::copy_n(pages_[static_cast<size_t>(from)], page_halves(), pages_[static_cast<size_t>(to)]);
+  }
+
+  void begin(const Step& step) override {
+    step_ = &step;
+    float_environment_ = set_float_environment();
+    pool_.wake();
+    const int half = c_.head_dim / 2;
+    pool_.run(step.n_tok, [&](int t, int) {
+      for (int i = 0; i < half; i++) {
+        // The angle is rounded to float first, as the models were trained.
+        const float angle = static_cast<float>(step.pos[t]) * c_.rope_inv_freq[static_cast<size_t>(i)];
+        double s, c;
+        sincos_portable(angle, &s, &c);
+        cos_[static_cast<size_t>(t) * half + i] = static_cast<float>(c) * c_.rope_attention_factor;
+        sin_[static_cast<size_t>(t) * half + i] = static_cast<float>(s) * c_.rope_attention_factor;
+      }
+    });
+    attention_.plan(step);
+  }
+
+  void embed() override {
+    pool_.run(step_->n_tok, [&](int t, int) {
+      dequantize_row(w_.tok_embeddings, step_->tokens[t], x_.data() + static_cast<int64_t>(t) * c_.dim);
+    });
+  }
+
+  void attention_in(int layer) override {
+    const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
+    const Product products[] = {
+        {&w.wq, q_.data(), c_.q_dim(), bias(w.bq), false},
+        {&w.wk, k_.data(), c_.kv_dim(), bias(w.bk), false},
+        {&w.wv, v_.data(), c_.kv_dim(), bias(w.bv), false},
+    };
+    in_.set(x_.data(), c_.dim, step_->n_tok, c_.dim, w.attn_norm.vector(), c_.norm_eps, products, 3);
+    in_.multiply(products, 3);
+    pool_.run(step_->n_tok, [&](int t, int) { rotate_and_append(layer, t); });
+  }
+
+  void attention(int layer) override {
+    attention_.run({&pages_, layer_offset(layer), layer_offset(layer) + c_.n_kv_heads * head_halves(), head_halves()},
+                   q_.data(), o_.data());
+  }
+
+  void attention_out(int layer) override {
+    add_to_residual(w_.layers[static_cast<size_t>(layer)].wo, o_.data(), c_.q_dim());
+  }
+
+  void mlp_in(int layer) override {
+    const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
+    const Product products[] = {
+        {&w.w_gate, gate_.data(), c_.hidden_dim, nullptr, false},
+        {&w.w_up, up_.data(), c_.hidden_dim, nullptr, false},
+    };
+    in_.set(x_.data(), c_.dim, step_->n_tok, c_.dim, w.mlp_norm.vector(), c_.norm_eps, products, 2);
+    if (w.w_gate.input_order || w.w_up.input_order) {
+      in_.multiply(products, 2);
+      pool_.run(step_->n_tok, [&](int t, int) { swiglu_rows(t, t + 1, 0, c_.hidden_dim); });
+      return;
+    }
+    // A task does the same tiles of both matrices, and SwiGLU on what they gave while it is in the cache.
+    const MatmulArgs gate = in_.arguments(products[0]), up = in_.arguments(products[1]);
+    const int tiles = w.w_gate.tiles(), step = in_.tiles_per_task(tiles);
+    pool_.run((tiles + step - 1) / step, [&](int task, int) {
+      const int begin = task * step, end = std::min(tiles, begin + step);
+      kernels_.matmul(gate, begin, end);
+      kernels_.matmul(up, begin, end);
+      swiglu_rows(0, step_->n_tok, begin * kTileRows, std::min(c_.hidden_dim, end * kTileRows));
+    });
+  }
+
+  void mlp_out(int layer) override {
+    add_to_residual(w_.layers[static_cast<size_t>(layer)].w_down, h_.data(), c_.hidden_dim);
+  }
+
+  void head() override {
+    const int n = step_->n_out;
+    if (n == 0) return;
+    logits_.resize(static_cast<size_t>(n) * c_.vocab_size);
+    for (int i = 0; i < n; i++) {
+      std::copy_n(x_.data() + static_cast<int64_t>(step_->out_rows[i]) * c_.dim, c_.dim,
+                  out_x_.data() + static_cast<int64_t>(i) * c_.dim);
+    }
+    const Product product{&w_.output, logits_.data(), c_.vocab_size, nullptr, false};
+    in_.set(out_x_.data(), c_.dim, n, c_.dim, w_.norm.vector(), c_.norm_eps, &product, 1);
+    in_.multiply(&product, 1);
+  }
+
+  const float* logits() override { return logits_.data(); }
+
+  void end() override {
+    if (!step_) return;
+    step_ = nullptr;
+    pool_.rest();
+    restore_float_environment(float_environment_);
+  }
+
+ private:
+  static const float* bias(const Weight& w) { return w.N ? w.vector() : nullptr; }
+
+  // A page: for each layer the keys of all heads, then the values of all heads, in halves.
+  int64_t head_halves() const { return static_cast<int64_t>(kPageTok) * c_.head_dim; }
+  int64_t layer_offset(int layer) const { return layer * 2 * c_.n_kv_heads * head_halves(); }
+  size_t page_halves() const { return static_cast<size_t>(layer_offset(c_.n_layers)); }
+  size_t page_bytes() const { return page_halves() * sizeof(uint16_t); }
+
+  void add_to_residual(const Weight& w, const float* in, int columns) {
+    const Product product{&w, x_.data(), c_.dim, nullptr, true};
+    in_.set(in, columns, step_->n_tok, columns, nullptr, 0, &product, 1);
+    in_.multiply(&product, 1);
+  }
+
+  const Span& span_of(int row) const {
+    const Span* span = step_->spans;
+    while (row >= span->first + span->n_tok) span++;
+    return *span;
+  }
+
+  void rotate_and_append(int layer, int t) {
+    const int half = c_.head_dim / 2;
+    const float* cos = cos_.data() + static_cast<int64_t>(t) * half;
+    const float* sin = sin_.data() + static_cast<int64_t>(t) * half;
+    for (int h = 0; h < c_.n_heads; h++) {
+      kernels_.rope(q_.data() + static_cast<int64_t>(t) * c_.q_dim() + h * c_.head_dim, cos, sin, c_.head_dim);
+    }
+    const Span& span = span_of(t);
+    const int pos = step_->pos[t];
+    uint16_t* page = pages_[static_cast<size_t>(span.pages[pos / kPageTok])] + layer_offset(layer);
+    for (int h = 0; h < c_.n_kv_heads; h++) {
+      float* k = k_.data() + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
+      const float* v = v_.data() + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
+      kernels_.rope(k, cos, sin, c_.head_dim);
+      kernels_.append_kv(k, v, c_.head_dim, page + h * head_halves(), page + (c_.n_kv_heads + h) * head_halves(),
+                         pos % kPageTok);
+    }
+  }
+
+  void swiglu_rows(int t_begin, int t_end, int begin, int end) {
+    for (int t = t_begin; t < t_end; t++) {
+      const int64_t at = static_cast<int64_t>(t) * c_.hidden_dim + begin;
+      kernels_.swiglu(gate_.data() + at, up_.data() + at, end - begin, h_.data() + at);
+    }
+  }
+
+  const Config& c_;
+  const ModelWeights& w_;
+  const Kernels& kernels_;
+  const int max_batch_tok_;
+  ThreadPool pool_;
+  Activations in_;
+  Attention attention_;
+  const Step* step_ = nullptr;
+  unsigned float_environment_ = 0;
+  std::vector<float> x_, q_, k_, v_, o_, gate_, up_, h_;  // [max_batch_tok][their width]
+  std::vector<float> cos_, sin_;                          // [max_batch_tok][head_dim/2]
+  std::vector<float> out_x_, logits_;                     // [n_out][dim], [n_out][vocab_size]
+  std::vector<uint16_t*> pages_;
+  std::vector<int> free_pages_;
+};
+
+}  // namespace
+}  // namespace cpu
+
+std::unique_ptr<Backend> make_cpu_backend(const Config& config, const ModelWeights& weights, const CpuOptions& options) {
+  return std::make_unique<cpu::CpuBackend>(config, weights, options);
+}
+
+}  // namespace pyllama

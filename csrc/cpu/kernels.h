@@ -1,0 +1,90 @@
+// The table of CPU kernels. Each instruction set compiles csrc/cpu/kernels.inc once over its SIMD vocabulary and
+// exports nothing but its table (a weak symbol from an AVX-512 object would be an illegal instruction elsewhere),
+// so everything in this header is a plain struct. All kernels give the same bits on every instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "formats.h"
+
+namespace pyllama {
+namespace cpu {
+
+constexpr int kMaxTokBlock = 8;    // tokens that one pass over a weight tile serves
+constexpr int kKeyBlock = 16;      // keys interleaved in a page: one vector lane each
+constexpr int kSplitTok = 512;     // keys of one attention split; partial results are combined in ascending order
+constexpr int kMaxQueryRows = 8;   // (token, head) rows that share one read of keys and values
+
+// Activations of M tokens as int8 with one float scale per 32 columns: x[m][k] ≈ q[m][k] * scale[m][k/32].
+struct QuantX {
+  int8_t* q;         // [M][Kp], in -127…127, zeros beyond K
+  float* scale;      // [M][Kp/32]
+  int32_t* sum;      // [M][Kp/32] sums of q
+  float* group_sum;  // [M][groups]: sums of q*scale over the weight's groups; only for formats with an offset
+};
+
+// The part of a Weight that kernels read, as plain data.
+struct WeightView {
+  Format format;
+  Number scale_type, offset_type;
+  int N, K, Kp;          // Kp: K padded to 32
+  int group, groups;     // columns per scale, ceil(K / group)
+  const int8_t* codebook;  // [16]
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint8_t* offsets;
+};
+
+// y[m][n] (+)= Σ_k x[m][k]·W[n][k] for the tiles [tile_begin, tile_end) of W; columns of y beyond N are not written.
+struct MatmulArgs {
+  WeightView w;
+  int M;
+  QuantX xq;         // for quantized formats
+  const float* x;    // for dense formats: [M][ldx], ldx >= K
+  int64_t ldx;
+  const float* bias; // [N] or null: added to the product
+  float* y;          // [M][ldy]
+  int64_t ldy;
+  bool accumulate;   // y += instead of y =
+};
+
+// Attention of up to kMaxQueryRows rows, which share a key/value head, over the keys [key_begin, key_end) of one split.
+struct AttendArgs {
+  int rows;
+  const float* q[kMaxQueryRows];   // [head_dim] each
+  int limit[kMaxQueryRows];        // row r sees keys at positions < limit[r]
+  int key_begin, key_end;          // absolute; key_begin is a multiple of kSplitTok, key_end - key_begin <= kSplitTok
+  const uint16_t* const* k_pages;  // [page of the sequence] → f16 [kPageTok/16][head_dim][16]
+  const uint16_t* const* v_pages;  // [page of the sequence] → f16 [kPageTok][head_dim]
+  int head_dim;
+  float scale;
+  float* max;                      // [rows] running maximum of this split's scores
+  float* sum;                      // [rows] Σ exp(score - max)
+  float* out;                      // [rows][round_up(head_dim, 16)] Σ exp(score - max)·v
+};
+
+struct Kernels {
+  const char* isa;
+  // One row: x [K] → q [Kp], scale, sum [Kp/32].
+  void (*quantize_row)(const float* x, int K, int8_t* q, float* scale, int32_t* sum);
+  void (*matmul)(const MatmulArgs& a, int tile_begin, int tile_end);
+  // y = x / sqrt(mean(x²) + eps) · w
+  void (*rmsnorm)(const float* x, const float* w, int dim, float eps, float* y);
+  // Rotates pairs (i, i + head_dim/2) of one head in place. cos, sin: [head_dim/2]
+  void (*rope)(float* head, const float* cos, const float* sin, int head_dim);
+  // h[i] = silu(gate[i]) · up[i]
+  void (*swiglu)(const float* gate, const float* up, int n, float* h);
+  void (*attend)(const AttendArgs& a);
+  // Combines split results in ascending order: out [head_dim] = Σ / Σ. maxes, sums [n_splits]; outs [n_splits][ld]
+  void (*combine)(const float* maxes, int64_t ld_stat, const float* sums, const float* outs, int64_t ld, int n_splits, int head_dim, float* out);
+  // One token's keys and values of one head into page slots.
+  void (*append_kv)(const float* k, const float* v, int head_dim, uint16_t* k_page, uint16_t* v_page, int slot);
+  void (*exp)(const float* x, int n, float* y);
+  uint64_t (*read_stream)(const uint8_t* data, size_t size_bytes);
+  // Runs `rounds` of independent dot products in registers; returns the operations done, and something to keep in *sink.
+  double (*dot_peak)(int rounds, int32_t* sink);
+};
+
+}  // namespace cpu
+}  // namespace pyllama

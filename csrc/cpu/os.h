@@ -1,0 +1,15 @@
+// The operating system, in one file: how many processors we may use, memory for pages, putting a thread to sleep.
+#pragma once
+
+#include <cstddef>
+
+namespace pyllama {
+
+int physical_cores_allowed();             // distinct cores in this process's affinity mask, cut to the cgroup's quota
+void* alloc_zeroed(size_t size_bytes);    // 64-byte aligned; throws std::bad_alloc
+void free_zeroed(void* data, size_t size_bytes);
+void cpu_relax();                         // a pause inside a spin loop
+unsigned set_float_environment();         // round to nearest, subnormals kept; returns what was set before
+void restore_float_environment(unsigned previous);
+
+}  // namespace pyllama

@@ -1,0 +1,110 @@
+// The SIMD vocabulary on AVX2: half a tile row block in a register. simd_scalar.h says what each word means.
+// With PYLLAMA_DPBUSD defined to a 256-bit dpbusd intrinsic (AVX-VNNI, or AVX-512-VNNI at 256 bits) the dot products use it;
+// otherwise pmaddubsw, which saturates at int16 unless one factor is small: raw 4-bit codes are, and signed weights go in
+// as |w| × sign(a, w), at most 127·127·2.
+#pragma once
+
+#include <immintrin.h>
+
+#include "half.h"
+
+namespace {
+
+constexpr int kLanes = 8;
+
+using VF = __m256;
+using VI = __m256i;
+using VB = __m256i;
+
+inline VF vf_load(const float* p) { return _mm256_loadu_ps(p); }
+inline void vf_store(float* p, VF a) { _mm256_storeu_ps(p, a); }
+inline VF vf_set1(float x) { return _mm256_set1_ps(x); }
+inline VF vf_add(VF a, VF b) { return _mm256_add_ps(a, b); }
+inline VF vf_sub(VF a, VF b) { return _mm256_sub_ps(a, b); }
+inline VF vf_mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
+inline VF vf_div(VF a, VF b) { return _mm256_div_ps(a, b); }
+inline VF vf_fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+inline VF vf_max(VF a, VF b) { return _mm256_max_ps(a, b); }
+inline VF vf_min(VF a, VF b) { return _mm256_min_ps(a, b); }
+inline VF vf_from_i(VI a) { return _mm256_cvtepi32_ps(a); }
+inline VI vf_round(VF a) { return _mm256_cvtps_epi32(a); }
+inline VF vf_exp2i(VI n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+inline VF vf_load_f16(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline VF vf_load_bf16(const uint8_t* p) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline VF vf_load_u8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline void vf_store_f16(uint16_t* p, VF a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void vi_store_i8(int8_t* p, VI a) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+
+inline VI vi_set1(int32_t x) { return _mm256_set1_epi32(x); }
+inline VI vi_add(VI a, VI b) { return _mm256_add_epi32(a, b); }
+
+inline VB vb_load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline VB vb_low(VB a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+inline VB vb_high(VB a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
+
+inline VI broadcast4(const int8_t* a) {
+  int32_t x;
+  memcpy(&x, a, 4);
+  return _mm256_set1_epi32(x);
+}
+
+using WU = __m256i;
+using Table = __m256i;
+inline WU wu_codes(VB codes) { return codes; }
+
+#ifdef PYLLAMA_DPBUSD
+
+using WS = __m256i;  // weight + 128, unsigned
+constexpr int kSignedBias = 128;
+
+inline Table table_load(const int8_t* codebook) {
+  const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook));
+  return _mm256_xor_si256(_mm256_broadcastsi128_si256(t), _mm256_set1_epi8(-128));
+}
+inline WS ws_lookup(const Table& t, VB codes) { return _mm256_shuffle_epi8(t, codes); }
+inline WS ws_bytes(VB bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
+inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a)); }
+inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a)); }
+constexpr int kTokBlock = 4;
+
+#else
+
+struct WS {
+  __m256i value, magnitude;
+};
+constexpr int kSignedBias = 0;
+
+inline Table table_load(const int8_t* codebook) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+}
+inline WS ws_bytes(VB bytes) { return {bytes, _mm256_abs_epi8(bytes)}; }
+inline WS ws_lookup(const Table& t, VB codes) { return ws_bytes(_mm256_shuffle_epi8(t, codes)); }
+inline VI add_pairs(VI acc, __m256i words) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+}
+inline VI dot_u(VI acc, const WU& w, const int8_t* a) {
+  return add_pairs(acc, _mm256_maddubs_epi16(w, broadcast4(a)));
+}
+inline VI dot_s(VI acc, const WS& w, const int8_t* a) {
+  return add_pairs(acc, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(broadcast4(a), w.value)));
+}
+constexpr int kTokBlock = 4;
+
+#endif
+
+}  // namespace

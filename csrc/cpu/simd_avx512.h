@@ -1,0 +1,85 @@
+// The SIMD vocabulary on AVX-512 with VNNI (Ice Lake, Zen 4 and later): one register holds a whole tile row block.
+// simd_scalar.h says what each word means.
+#pragma once
+
+// gcc 12 warns of its own _mm512_undefined_* (its bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "half.h"
+
+namespace {
+
+constexpr int kLanes = 16;
+
+using VF = __m512;
+using VI = __m512i;
+using VB = __m512i;
+
+inline VF vf_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void vf_store(float* p, VF a) { _mm512_storeu_ps(p, a); }
+inline VF vf_set1(float x) { return _mm512_set1_ps(x); }
+inline VF vf_add(VF a, VF b) { return _mm512_add_ps(a, b); }
+inline VF vf_sub(VF a, VF b) { return _mm512_sub_ps(a, b); }
+inline VF vf_mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
+inline VF vf_div(VF a, VF b) { return _mm512_div_ps(a, b); }
+inline VF vf_fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+inline VF vf_max(VF a, VF b) { return _mm512_max_ps(a, b); }
+inline VF vf_min(VF a, VF b) { return _mm512_min_ps(a, b); }
+inline VF vf_from_i(VI a) { return _mm512_cvtepi32_ps(a); }
+inline VI vf_round(VF a) { return _mm512_cvtps_epi32(a); }
+inline VF vf_exp2i(VI n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+}
+inline VF vf_load_f16(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline VF vf_load_bf16(const uint8_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline VF vf_load_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline void vf_store_f16(uint16_t* p, VF a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void vi_store_i8(int8_t* p, VI a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
+
+inline VI vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+inline VI vi_add(VI a, VI b) { return _mm512_add_epi32(a, b); }
+
+inline VB vb_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline VB vb_low(VB a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+inline VB vb_high(VB a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+
+using WU = __m512i;
+using WS = __m512i;     // weight + 128, unsigned
+using Table = __m512i;  // the codebook + 128, in each 128-bit part
+constexpr int kSignedBias = 128;
+
+inline WU wu_codes(VB codes) { return codes; }
+inline Table table_load(const int8_t* codebook) {
+  const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook));
+  return _mm512_xor_si512(_mm512_broadcast_i32x4(t), _mm512_set1_epi8(-128));
+}
+inline WS ws_lookup(const Table& t, VB codes) { return _mm512_shuffle_epi8(t, codes); }
+inline WS ws_bytes(VB bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+
+inline VI broadcast4(const int8_t* a) {
+  int32_t x;
+  memcpy(&x, a, 4);
+  return _mm512_set1_epi32(x);
+}
+inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a)); }
+inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a)); }
+
+constexpr int kTokBlock = 8;
+
+}  // namespace

@@ -1,0 +1,174 @@
+// The SIMD vocabulary in plain C++: sixteen lanes as arrays. It is the definition that the other vocabularies must equal
+// bit for bit, and what runs on a processor that has none of them. Explicit fma only; compiled with -ffp-contract=off.
+//
+// The vocabulary: VF/VI are kLanes floats/int32, VB is kLanes×4 bytes as they lie in a weight tile. WU are 4-bit codes as
+// they are, WS are signed weights in whatever form the dot product of this instruction set wants; kSignedBias is what
+// that form adds to each weight, to be taken back through the accumulator's start value.
+#pragma once
+
+#include "half.h"
+
+namespace {
+
+constexpr int kLanes = 16;
+
+struct VF {
+  float v[kLanes];
+};
+struct VI {
+  int32_t v[kLanes];
+};
+struct VB {
+  uint8_t v[kLanes * 4];
+};
+
+#define PYLLAMA_LANES(i) for (int i = 0; i < kLanes; i++)
+
+inline VF vf_load(const float* p) {
+  VF r;
+  memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline void vf_store(float* p, VF a) { memcpy(p, a.v, sizeof a.v); }
+inline VF vf_set1(float x) {
+  VF r;
+  PYLLAMA_LANES(i) r.v[i] = x;
+  return r;
+}
+inline VF vf_add(VF a, VF b) {
+  PYLLAMA_LANES(i) a.v[i] = a.v[i] + b.v[i];
+  return a;
+}
+inline VF vf_sub(VF a, VF b) {
+  PYLLAMA_LANES(i) a.v[i] = a.v[i] - b.v[i];
+  return a;
+}
+inline VF vf_mul(VF a, VF b) {
+  PYLLAMA_LANES(i) a.v[i] = a.v[i] * b.v[i];
+  return a;
+}
+inline VF vf_div(VF a, VF b) {
+  PYLLAMA_LANES(i) a.v[i] = a.v[i] / b.v[i];
+  return a;
+}
+inline VF vf_fma(VF a, VF b, VF c) {
+  PYLLAMA_LANES(i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
+// The second operand where either is NaN, as x86 does.
+inline VF vf_max(VF a, VF b) {
+  PYLLAMA_LANES(i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline VF vf_min(VF a, VF b) {
+  PYLLAMA_LANES(i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline VF vf_from_i(VI a) {
+  VF r;
+  PYLLAMA_LANES(i) r.v[i] = static_cast<float>(a.v[i]);
+  return r;
+}
+// Nearest, ties to even. Arguments are within int32.
+inline VI vf_round(VF a) {
+  VI r;
+  PYLLAMA_LANES(i) r.v[i] = static_cast<int32_t>(__builtin_rintf(a.v[i]));
+  return r;
+}
+// 2^n for n in -127…128; -127 gives 0 and 128 gives infinity.
+inline VF vf_exp2i(VI n) {
+  VF r;
+  PYLLAMA_LANES(i) r.v[i] = pyllama::bits_to_float(static_cast<uint32_t>(n.v[i] + 127) << 23);
+  return r;
+}
+inline VF vf_load_f16(const uint8_t* p) {
+  VF r;
+  PYLLAMA_LANES(i) {
+    uint16_t h;
+    memcpy(&h, p + 2 * i, 2);
+    r.v[i] = pyllama::f16_to_float(h);
+  }
+  return r;
+}
+inline VF vf_load_bf16(const uint8_t* p) {
+  VF r;
+  PYLLAMA_LANES(i) {
+    uint16_t h;
+    memcpy(&h, p + 2 * i, 2);
+    r.v[i] = pyllama::bf16_to_float(h);
+  }
+  return r;
+}
+inline VF vf_load_u8(const uint8_t* p) {
+  VF r;
+  PYLLAMA_LANES(i) r.v[i] = p[i];
+  return r;
+}
+inline void vf_store_f16(uint16_t* p, VF a) { PYLLAMA_LANES(i) p[i] = pyllama::float_to_f16(a.v[i]); }
+// The low bytes of the lanes, which are within int8.
+inline void vi_store_i8(int8_t* p, VI a) { PYLLAMA_LANES(i) p[i] = static_cast<int8_t>(a.v[i]); }
+
+inline VI vi_set1(int32_t x) {
+  VI r;
+  PYLLAMA_LANES(i) r.v[i] = x;
+  return r;
+}
+inline VI vi_add(VI a, VI b) {
+  PYLLAMA_LANES(i) a.v[i] = a.v[i] + b.v[i];
+  return a;
+}
+
+inline VB vb_load(const uint8_t* p) {
+  VB r;
+  memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline VB vb_low(VB a) {
+  for (auto& b : a.v) b = b & 15;
+  return a;
+}
+inline VB vb_high(VB a) {
+  for (auto& b : a.v) b = b >> 4;
+  return a;
+}
+
+using WU = VB;
+struct WS {
+  int8_t v[kLanes * 4];
+};
+struct Table {
+  int8_t v[16];
+};
+constexpr int kSignedBias = 0;
+
+inline WU wu_codes(VB codes) { return codes; }
+inline Table table_load(const int8_t* codebook) {
+  Table t;
+  memcpy(t.v, codebook, 16);
+  return t;
+}
+inline WS ws_lookup(const Table& t, VB codes) {
+  WS w;
+  for (int i = 0; i < kLanes * 4; i++) w.v[i] = t.v[codes.v[i]];
+  return w;
+}
+inline WS ws_bytes(VB bytes) {
+  WS w;
+  memcpy(w.v, bytes.v, sizeof w.v);
+  return w;
+}
+
+// acc[lane] += Σ_{b<4} w[lane][b] · a[b], exact in int32.
+template <class W>
+inline VI dot4(VI acc, const W& w, const int8_t* a) {
+  PYLLAMA_LANES(i) {
+    for (int b = 0; b < 4; b++) acc.v[i] += static_cast<int32_t>(w.v[4 * i + b]) * a[b];
+  }
+  return acc;
+}
+inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return dot4(acc, w, a); }
+inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return dot4(acc, w, a); }
+
+constexpr int kTokBlock = 4;
+
+}  // namespace
