@@ -1,7 +1,7 @@
 """Families of models as data: what a checkpoint calls its tensors and its config's fields, and our names for them.
 
-To add a Llama-like family, add an entry to FAMILIES. `Fields` reads untrusted config values with ranges, `base_config` makes
-the canonical config, `bind` checks that exactly the expected tensors are there and gives them their canonical names.
+To add a Llama-like family, add an entry to FAMILIES. `Fields` reads untrusted config values with ranges, `base_config`
+makes the canonical config, `bind` checks that exactly the expected tensors are there and gives them canonical names.
 No file is opened here; what a file's own keys mean beyond this table is the reader's affair.
 """
 
@@ -336,7 +336,7 @@ def check_rope_scaling(scaling: Any, where: str) -> dict[str, Any] | None:
 def bind(
     family: Family, config: Mapping[str, Any], stored: Stored, where: str, *, biases: bool
 ) -> dict[str, SourceTensor]:
-    """Canonical names for exactly the tensors of the model: [N, K] matrices and [N] vectors, in the forward pass's order.
+    """Canonical names for exactly the model's tensors: [N, K] matrices and [N] vectors, in the forward pass's order.
 
     Raises ModelFormatError for a tensor that is missing, has another shape, or that this family does not have.
     """

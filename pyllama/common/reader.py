@@ -1,8 +1,8 @@
-"""Bounded reads of files that nobody has checked yet: every offset and count is compared with the file's true size first.
+"""Bounded reads of files that nobody has checked yet: offsets and counts are compared with the file's true size first.
 
-`BoundedFile` reads and maps, `Cursor` walks over little-endian numbers, `read_json` and `read_bytes` take small files whole.
+`BoundedFile` reads and maps, `Cursor` walks over little-endian numbers, `read_json` takes a small file whole.
 Every failure is a ModelFormatError that names the file. Nothing here knows what a model is, and nothing is written.
-A file that shrinks while it is mapped cannot be guarded against (the system sends SIGBUS); `use_mmap=False` reads copies.
+A file that shrinks while mapped cannot be guarded against (the system sends SIGBUS); `use_mmap=False` reads copies.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class BoundedFile:
         raw = np.empty(n + aligned, np.uint8)
         start = -raw.ctypes.data % aligned
         out = raw[start : start + n]
-        view, done = memoryview(out), 0
+        view, done = out.data, 0
         while done < n:
             try:
                 got = _pread_into(self._fd, view[done : done + (1 << 26)], offset + done)
@@ -135,14 +135,14 @@ class BoundedFile:
 
 
 class Cursor:
-    """Walks over [offset, end) of a BoundedFile, little-endian; never past `end`, and each error names where it stood."""
+    """Walks over [offset, end) of a BoundedFile, little-endian, never past `end`; each error names where it stood."""
 
     def __init__(self, file: BoundedFile, offset: int = 0, end: int | None = None) -> None:
         self.file = file
         self.end = file.size if end is None else end
         file.check(offset, self.end - offset, "header")
         self._base = offset
-        self._data = memoryview(file.map(offset, self.end - offset))
+        self._data = file.map(offset, self.end - offset).data
         self._at = 0
 
     @property

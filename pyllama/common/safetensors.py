@@ -58,7 +58,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """An opened safetensors file. `tensors` keeps the header's order; `data_start` is the offset of the first payload."""
+    """An opened safetensors file. `tensors` keeps the header's order; payloads start at offset `data_start`."""
 
     file: BoundedFile
     metadata: dict[str, str]
@@ -66,7 +66,7 @@ class SafetensorsFile:
     data_start: int
 
     def data(self, name: str) -> Bytes:
-        """The payload of `name`, uint8, read-only, mapped without a copy (a 64-byte aligned copy where maps are off)."""
+        """The payload of `name`, uint8, read-only, mapped without a copy (or an aligned copy where maps are off)."""
         info = self.tensors.get(name)
         if info is None:
             self.file.fail(f"holds no tensor {shown(name)}")

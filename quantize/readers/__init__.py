@@ -1,13 +1,14 @@
 """Opens a checkpoint of any kind that this version reads; what the path is decides, not an option.
 
-Readers check everything before they hand over a Source: bounds, names, shapes, config. Weights are read later, tensor by
-tensor. Nothing is converted or written here.
+Readers check everything before they hand over a Source: bounds, names, shapes, config. Weights are read later, one
+tensor at a time. Nothing is converted or written here.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NoReturn
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import BoundedFile, shown
@@ -74,9 +75,9 @@ def _open_folder(path: Path) -> Source:
     return open_safetensors(path)
 
 
-def _refuse_torch(path: Path) -> None:
+def _refuse_torch(path: Path) -> NoReturn:
     raise ModelFormatError(
-        f"{path}: is a PyTorch checkpoint; this version reads safetensors and GGUF (save the model as safetensors first)"
+        f"{path}: is a PyTorch checkpoint; this version reads safetensors and GGUF (save it as safetensors first)"
     )
 
 

@@ -1,7 +1,7 @@
 """Reads GGUF, versions 2 and 3, little-endian: header, metadata, tensor table, and what they say about the model.
 
-`read_gguf` checks the container (counts, lengths, alignment, overlaps) without knowing what the keys mean; `open_gguf` makes a
-Source of it. Block types are gguf_types.py's affair, the vocabulary is gguf_vocab.py's. Split files are refused.
+`read_gguf` checks the container (counts, lengths, alignment, overlaps) without knowing what the keys mean; `open_gguf`
+makes a Source of it. Block types are gguf_types.py's affair, the vocabulary gguf_vocab.py's. Split files are refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file whose header holds together. metadata: Python scalars, strings and lists. tensors: by their names there."""
+    """A GGUF file whose header holds together. metadata: Python scalars, strings and lists. tensors: by name."""
 
     file: BoundedFile
     version: int
@@ -60,7 +60,7 @@ class GgufFile:
 
 
 def read_gguf(path: str | Path) -> GgufFile:
-    """Opens a GGUF file and checks header, metadata and tensor table. Raises ModelFormatError naming file and defect."""
+    """Opens a GGUF file and checks header, metadata and tensor table. Raises ModelFormatError naming the defect."""
     file = BoundedFile(path)
     cursor = Cursor(file)
     version = _read_version(cursor)
@@ -86,7 +86,7 @@ def _read_version(cursor: Cursor) -> int:
 
 
 def _read_count(cursor: Cursor, what: str, cap: int, least_bytes: int) -> int:
-    """A u64 count of things that take at least `least_bytes` each, so that no count beyond the file's size gets through."""
+    """A u64 count of things that take at least `least_bytes` each; no count beyond the file's size gets through."""
     count = cursor.u64(what)
     if count > cap:
         cursor.fail(f"{what} is {count}, at most {cap} are allowed")
@@ -288,7 +288,7 @@ def _vocab_size(fields: Fields, gguf: GgufFile, family: Family) -> int | None:
 
 
 def _rope_scaling(fields: Fields, gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
-    """rope_scaling in Hugging Face's words, or {"rope_type": "factors", "factors": [head_dim/2]}: each frequency divided."""
+    """rope_scaling in Hugging Face's words, or rope_type "factors": frequency i is divided by factors[i]."""
     prefix = "llama.rope.scaling."
     kind = fields.get(prefix + "type")
     factor = (
@@ -328,7 +328,8 @@ def _yarn(fields: Fields, prefix: str, factor: float) -> dict[str, Any]:
 def _rope_factors(fields: Fields, stored: StoredTensor, pairs: int, linear: float) -> dict[str, Any] | None:
     if stored.type_name != "F32" or stored.shape != (pairs,):
         raise ModelFormatError(
-            f"{fields.where}: tensor rope_freqs.weight is {stored.type_name} {list(stored.shape)}, expected F32 [{pairs}]"
+            f"{fields.where}: tensor rope_freqs.weight is {stored.type_name} {list(stored.shape)},"
+            f" expected F32 [{pairs}]"
         )
     values = stored.data().view("<f4").astype(np.float64) * linear
     if not np.all(np.isfinite(values) & (values > 0)):

@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder: config.json, and weights in one safetensors file or in shards with an index.
 
 The config is checked field by field and made canonical; what would change the computation and is not known is refused.
-Quantized Hugging Face checkpoints and PyTorch files are refused in this version. The container is pyllama.common.safetensors'.
+Quantized Hugging Face checkpoints and PyTorch files are refused. The container is pyllama.common.safetensors' affair.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every reader hands over: a Source of SourceTensors with canonical names, and how a stored tensor becomes numbers.
+"""What every reader hands over: a Source of SourceTensors with canonical names; how a stored tensor becomes numbers.
 
 A tensor stays where it lies in its mapped file until `read` or `read_packed` asks for it, whole or by rows; temporaries
-are a few MiB whatever the tensor's size. Values that are not finite are refused here, so that nothing behind needs to care.
+are a few MiB whatever the tensor's size. Values that are not finite are refused here, once for everything behind.
 This module knows no file format: readers give it bytes, a StoredType and, where rows are interleaved, their order.
 """
 
@@ -177,8 +177,8 @@ class SourceTensor:
     def _refuse(self, bad: int, of: int, what: str) -> None:
         if bad:
             raise ModelFormatError(
-                f"{self._stored.file.path}: tensor {shown(self.source_name)} ({self.name}): {bad} of {of} {what} are not finite"
-                " (NaN or infinite); the checkpoint is damaged"
+                f"{self._stored.file.path}: tensor {shown(self.source_name)} ({self.name}): {bad} of {of} {what} are"
+                " not finite (NaN or infinite); the checkpoint is damaged"
             )
 
 
