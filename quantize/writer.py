@@ -1,9 +1,9 @@
 """Writes a model folder so that nobody ever sees half of one.
 
-Everything goes into a hidden folder beside the output, on the same file system; only when the last byte is on the disk is it
-renamed. Whatever stops the writing (an exception, Ctrl-C, a full disk) removes the hidden folder and leaves the output as it was.
-The header is laid out first with zeros for checksums, tensors follow one by one, then the header is written again with the sums.
-Knows bytes and files; what they mean is said by pyllama/common/model_folder.py.
+Everything goes into a hidden folder beside the output, on the same file system; only when the last byte is on the disk
+is it renamed. Whatever stops the writing (an exception, Ctrl-C, a full disk) removes the hidden folder and leaves the
+output as it was. The header is laid out first with zeros for checksums, tensors follow one by one, then the header is
+written again with the sums. Knows bytes and files; what they mean is said by pyllama/common/model_folder.py.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ class FolderWriter:
         self._overwrite = overwrite
         self._specs = list(specs)
         self._partial = self._out.with_name(f".{self._out.name}.{secrets.token_hex(4)}.partial")
+        self._replaced = self._partial.with_suffix(".old")  # where an old output waits until the new one is in place
         self._checksums: dict[str, str] = {}
         self._fd = -1
 
     def __enter__(self) -> FolderWriter:
         with _explained(self._out):
-            self._partial.mkdir()
             try:
+                self._partial.mkdir()
                 header = header_bytes(self._specs)
                 needed = len(header) + sum(spec.payload_bytes for spec in self._specs)
                 self._check_space(needed)
@@ -87,7 +88,7 @@ class FolderWriter:
             raise ValueError(
                 f"tensor {spec.name} of {payload.nbytes} bytes, expected {expected.name} of {expected.payload_bytes}"
             )
-        data = memoryview(np.ascontiguousarray(payload)).cast("B")
+        data = np.ascontiguousarray(payload).data.cast("B")
         with _explained(self._out):
             _write_all(self._fd, data)
         self._checksums[spec.name] = hashlib.sha256(data).hexdigest()
@@ -116,19 +117,15 @@ class FolderWriter:
     def _put_in_place(self) -> None:
         """Renames the new folder to the output; an old one steps aside first and comes back if that fails."""
         check_output(self._out, overwrite=self._overwrite)  # once more: much time has passed
-        old: Path | None = None
-        if self._out.exists():
-            old = self._partial.with_suffix(".old")
-            os.rename(self._out, old)
         try:
+            if self._out.exists():
+                os.rename(self._out, self._replaced)
             os.rename(self._partial, self._out)
+            _sync_folder(self._out.parent)
         except BaseException:
-            if old is not None:
-                os.rename(old, self._out)
+            if self._replaced.exists() and not self._out.exists():
+                os.rename(self._replaced, self._out)
             raise
-        _sync_folder(self._out.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self._partial).free
@@ -155,6 +152,8 @@ class FolderWriter:
         with contextlib.suppress(OSError):
             self._close()
         shutil.rmtree(self._partial, ignore_errors=True)
+        if self._out.exists():
+            shutil.rmtree(self._replaced, ignore_errors=True)
 
 
 def check_output(out: str | os.PathLike[str], *, overwrite: bool) -> Path:

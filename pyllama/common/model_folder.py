@@ -93,7 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if config.get("version") != int(VERSION):
         raise ModelFormatError(
-            f"{path}: version {shown(config.get('version'))}, this build reads version {VERSION}; convert the model again"
+            f"{path}: version {shown(config.get('version'))}, this build reads {VERSION}; convert the model again"
         )
     check_config(config, str(path))
     return config
@@ -135,7 +135,7 @@ def _stored(file: SafetensorsFile, path: Path, name: str) -> StoredTensor:
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Raises ModelFormatError unless the architecture's numbers are there and fit together. Unknown keys are ignored."""
+    """Raises ModelFormatError unless the architecture's numbers are there and fit together. Unknown keys are fine."""
 
     def fail(key: str, expected: str) -> None:
         raise ModelFormatError(f"{where}: {key} is {shown(config.get(key))}, expected {expected}")

@@ -1,0 +1,289 @@
+"""The `quantize` command: arguments, progress, the closing summary, exit codes.
+
+Results go to stdout, messages and progress to stderr. Expected errors are one line, never a traceback. The work is done
+by convert.py and verify.py; nothing here knows weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from pyllama.common.errors import PyllamaError
+from pyllama.common.formats import FORMATS, GROUPS
+
+from .convert import Plan, check_request, make_plan, resolve_output, write_plan
+from .methods import METHODS
+from .readers import open_source
+from .verify import verify
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
+_PLAIN_EVERY_S = 5.0
+
+Report = Callable[[int, int, str], None]  # done, total, name
+
+_DESCRIPTION = """\
+Converts a LLaMA checkpoint into a model folder that pyllama opens without copying anything.
+
+SRC is a Hugging Face folder (config.json and *.safetensors) or a .gguf file. Without --format, matrices that already
+are on one of our grids (GGUF's Q4_0, Q4_1, Q8_0) come over without loss, and all others become q8."""
+
+_EPILOG = """\
+formats:  f32 f16 bf16   the numbers themselves
+          q8             8 bits, a scale per group: all but lossless (8.5 bits per weight in groups of 32)
+          q4             4 bits, even steps (4.5)
+          q4a            4 bits, a scale and a minimum per group (5.0)
+          q4nl           4 bits, steps that grow with the magnitude: the best at its size (4.5)
+
+examples: quantize SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2          without loss
+          quantize Llama-3.2-1B -o llama-1b-q4nl --format q4nl
+          quantize Llama-3.2-1B -o llama-1b-mixed --format q4 --tensor-type 'embeddings|output=q8'
+          quantize verify llama-1b-q4nl                                compares every checksum
+
+exit codes: 0 done, 1 failed (nothing is left at OUT), 2 wrong usage, 130 interrupted by Ctrl-C"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with `argv` (default: the process's arguments) and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    run = _run_verify if arguments[:1] == ["verify"] else _run_convert
+    try:
+        with _terminated_politely():
+            return run(arguments)
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing was changed", EXIT_INTERRUPTED)
+    except PyllamaError as error:
+        return _complain(str(error), EXIT_FAILED)
+    except ValueError as error:
+        return _complain(str(error), EXIT_USAGE)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}", EXIT_FAILED)
+    except MemoryError:
+        return _complain("not enough memory for the largest tensor; close other programs", EXIT_FAILED)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"quantize: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _terminated_politely() -> Iterator[None]:
+    """Lets SIGTERM unwind the stack, so that the half-written folder is removed."""
+
+    def unwind(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(EXIT_TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- quantize SRC -o OUT ---------------------------------------------------------------------------------------------
+
+
+def _convert_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quantize",
+        usage="quantize SRC -o OUT [options]\n       quantize verify OUT [--json]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("src", metavar="SRC", help="Hugging Face folder or .gguf file")
+    add("-o", "--output", metavar="OUT", help="the model folder to make")
+    add(
+        "--format",
+        choices=list(FORMATS),
+        metavar="FORMAT",
+        help=f"of all matrices: {' '.join(FORMATS)} (default: keep the source's grid if it is one of ours, else q8)",
+    )
+    add(
+        "--group-size",
+        type=int,
+        choices=GROUPS,
+        metavar="32|64|128",
+        help="columns that share a scale; small is finer, large is smaller (default: 32)",
+    )
+    add(
+        "--method",
+        choices=list(METHODS),
+        default="rtn",
+        help="how codes are chosen (default: %(default)s, round to nearest)",
+    )
+    add(
+        "--tensor-type",
+        action="append",
+        default=[],
+        type=_tensor_type,
+        metavar="REGEX=FORMAT",
+        help="another format for matrices in whose name REGEX is found; may be repeated, the last that fits decides",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT if it is a model folder; the old one stays until the new is whole",
+    )
+    add("--dry-run", action="store_true", help="say what would be done and how large it would be; write nothing")
+    add("--json", action="store_true", help="print the summary as one JSON object")
+    return parser
+
+
+def _tensor_type(text: str) -> tuple[str, str]:
+    pattern, separator, format = text.rpartition("=")
+    if not separator or not pattern or format not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=FORMAT with a format of {' '.join(FORMATS)}")
+    return pattern, format
+
+
+def _run_convert(arguments: list[str]) -> int:
+    parser = _convert_parser()
+    options = parser.parse_args(arguments)
+    if options.output is None and not options.dry_run:
+        src = Path(options.src)
+        suggestion = f"{src.stem if src.suffix == '.gguf' else src.resolve().name}-{options.format or 'pyllama'}"
+        parser.error(f"say where to put the model folder, for example: -o {suggestion}")
+    check_request(options.format, options.group_size, options.method, options.tensor_type)
+    out = None
+    if options.output is not None:
+        out = resolve_output(options.src, options.output, overwrite=options.overwrite)
+    started = time.monotonic()
+    source = open_source(options.src)
+    plan = make_plan(
+        source,
+        format=options.format,
+        group_size=options.group_size,
+        method=options.method,
+        tensor_types=options.tensor_type,
+    )
+    if options.dry_run or out is None:
+        _print_summary(plan, None, 0.0, options.json)
+        return EXIT_OK
+    with _progress("converting", "weights") as report:
+        write_plan(plan, out, overwrite=options.overwrite, progress=lambda p: report(p.done, p.total, p.name))
+    _print_summary(plan, out, time.monotonic() - started, options.json)
+    return EXIT_OK
+
+
+def _print_summary(plan: Plan, out: Path | None, seconds: float, as_json: bool) -> None:
+    source_bytes = int(plan.source.identity.get("size_bytes", 0))
+    n_bytes = plan.payload_bytes if out is None else sum(file.stat().st_size for file in out.iterdir())
+    kinds = _kinds(plan)
+    if as_json:
+        summary: dict[str, Any] = {
+            "output": None if out is None else str(out),
+            "dry_run": out is None,
+            **plan.config()["quantization"],
+            "n_weights": plan.n_weights,
+            "source_bytes": source_bytes,
+            "output_bytes": n_bytes,
+            "seconds": round(seconds, 3),
+            "tensors": kinds,
+        }
+        print(json.dumps(summary))
+        return
+    for kind in kinds:
+        group = f" g{kind['group']}" if kind["group"] else ""
+        print(
+            f"  {kind['count']:>4} {kind['from']:>5} -> {kind['format'] + group:<9} {_HOW[kind['how']]:<22} "
+            f"{_size(kind['bytes']):>9}  {kind['example']}"
+        )
+    where = "dry run, nothing written" if out is None else str(out)
+    spent = "" if out is None else f" in {seconds:.1f} s"
+    print(f"{where}: {_size(source_bytes)} -> {_size(n_bytes)}, {plan.bits_per_weight:.2f} bits per weight{spent}")
+
+
+_HOW = {"repack": "as they are, no loss", "quantize": "quantized", "cast": "as numbers"}
+
+
+def _kinds(plan: Plan) -> list[dict[str, Any]]:
+    """The plan's tensors counted by what becomes of them, the largest share first."""
+    kinds: dict[tuple[str, str, int, str], dict[str, Any]] = {}
+    for item in plan.tensors:
+        key = (item.source.dtype, item.spec.format, item.spec.group, item.how)
+        fresh = {"from": key[0], "format": key[1], "group": key[2], "how": key[3], "count": 0, "bytes": 0}
+        kind = kinds.setdefault(key, {**fresh, "example": item.spec.name})
+        kind["count"] += 1
+        kind["bytes"] += item.spec.payload_bytes
+    return sorted(kinds.values(), key=lambda kind: -int(kind["bytes"]))
+
+
+def _size(n_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}" if n_bytes < 100 * scale else f"{n_bytes / scale:.0f} {unit}"
+    return f"{n_bytes} bytes"
+
+
+# ---- quantize verify OUT ---------------------------------------------------------------------------------------------
+
+
+def _run_verify(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="quantize verify",
+        description="Reads a model folder from the first byte to the last; compares config, shapes, checksums, values. "
+        "Exits with 0 if all is as it was written, with 1 and the name of the tensor otherwise.",
+    )
+    parser.add_argument("folder", metavar="OUT", help="the model folder")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    options = parser.parse_args(arguments[1:])
+    with _progress("verifying", "bytes") as report:
+        found = verify(options.folder, progress=report)
+    if options.json:
+        result = {"folder": options.folder, "ok": True, "n_tensors": found.n_tensors, "n_weights": found.n_weights}
+        print(json.dumps({**result, "payload_bytes": found.payload_bytes}))
+    else:
+        print(f"{options.folder}: {found.n_tensors} tensors, {_size(found.payload_bytes)}, all as they were written")
+    return EXIT_OK
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(what: str, unit: str) -> Iterator[Report]:
+    """A bar on a terminal (if tqdm is installed), else a line every few seconds."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    if tqdm is None or not sys.stderr.isatty():
+        yield _plain_report(what, unit)
+        return
+    with tqdm(desc=what, unit=f" {unit}", unit_scale=True, file=sys.stderr, leave=False) as bar:
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _plain_report(what: str, unit: str) -> Report:
+    last = time.monotonic()
+
+    def show(done: int, total: int, name: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _PLAIN_EVERY_S:
+            last = now
+            print(f"{what}: {done / total:4.0%} of {total / 1e6:.0f} M {unit}, {name}", file=sys.stderr, flush=True)
+
+    return show

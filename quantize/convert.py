@@ -1,0 +1,279 @@
+"""From a checkpoint to a model folder: decides each tensor's format, then makes one payload after the other.
+
+A matrix is repacked without loss when the source has it on the wanted grid already, and quantized by the method
+otherwise. Big tensors go through in blocks of rows, so that memory holds one payload and one block. Reading sources is
+readers/', choosing codes methods/', putting bytes on the disk writer.py's affair.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllama.common.errors import ModelFormatError, QuantizeError
+from pyllama.common.formats import (
+    FORMATS,
+    GROUPS,
+    Q4NL_CODEBOOK,
+    TILE_ROWS,
+    VERSION,
+    Packed,
+    TensorSpec,
+    check_finite,
+    dense,
+    pack_rows,
+    round_up,
+)
+from pyllama.common.model_folder import check_config, check_tensors
+
+from .methods import METHODS
+from .readers import Source, SourceTensor, open_source
+from .writer import GENERATION_FILE, FolderWriter, check_output
+
+DEFAULT_FORMAT = "q8"  # of matrices on no grid of ours, when no format is asked for
+DEFAULT_GROUP = 32
+_BLOCK_WEIGHTS = 1 << 22  # 16 MiB of float32
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is, in weights; `name` is the tensor at work."""
+
+    done: int
+    total: int
+    name: str
+
+
+ProgressFunction = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What becomes of a tensor. how: `repack` (the source's numbers as they are), `quantize` or `cast` to dense."""
+
+    source: SourceTensor
+    spec: TensorSpec
+    how: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do, decided before any weight is read."""
+
+    source: Source
+    tensors: tuple[Planned, ...]
+    format: str  # of most weights
+    group: int
+    method: str  # "repack" when every matrix is repacked
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all payloads."""
+        return sum(item.spec.payload_bytes for item in self.tensors)
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the model, vectors included."""
+        return sum(item.spec.n_weights for item in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All payload bytes, scales and padding included, over all weights."""
+        return self.payload_bytes * 8 / self.n_weights
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the model folder."""
+        quantization: dict[str, Any] = {"format": self.format}
+        if self.group:
+            quantization["group"] = self.group
+        quantization.update(method=self.method, bits_per_weight=round(self.bits_per_weight, 4))
+        # Without the time of the file's last change, so that the same source always gives the same bytes.
+        identity = {key: value for key, value in self.source.identity.items() if key != "mtime_ns"}
+        head = {"format": "pyllama", "version": int(VERSION)}
+        return {**head, **self.source.config, **head, "quantization": quantization, "source": identity}
+
+
+def convert(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    group_size: int | None = None,
+    method: str = "rtn",
+    tensor_types: Sequence[tuple[str, str]] = (),
+    overwrite: bool = False,
+    progress: ProgressFunction | None = None,
+) -> Path:
+    """Converts the checkpoint `src` (Hugging Face folder or GGUF file) into the model folder `out`; returns its path.
+
+    format: of all matrices; None repacks those that are on a grid of ours (Q4_0, Q4_1, Q8_0) and makes the others q8.
+    group_size: 32, 64 or 128 columns per scale of what is quantized (default 32). method: how codes are chosen.
+    tensor_types: (regular expression, format) pairs for canonical names; the last that is found in a name decides.
+    Raises ModelFormatError for a defective source, QuantizeError when the output cannot be written or the request makes
+    no sense for this model, ValueError for unknown formats, groups and methods. A failure leaves nothing at `out`.
+    """
+    check_request(format, group_size, method, tensor_types)
+    target = resolve_output(src, out, overwrite=overwrite)
+    source = open_source(src)
+    plan = make_plan(source, format=format, group_size=group_size, method=method, tensor_types=tensor_types)
+    return write_plan(plan, target, overwrite=overwrite, progress=progress)
+
+
+def resolve_output(src: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The output's path; raises QuantizeError when no model folder can or may be put there."""
+    target = check_output(out, overwrite=overwrite)
+    if Path(src).resolve().is_relative_to(target):
+        raise QuantizeError(f"{target}: the source {src} lies in it; choose another output")
+    return target
+
+
+def check_request(
+    format: str | None, group_size: int | None, method: str, tensor_types: Sequence[tuple[str, str]]
+) -> None:
+    """Raises ValueError for an unknown format, group size or method, or a broken regular expression."""
+    for name in [format] * (format is not None) + [wanted for _, wanted in tensor_types]:
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}, expected one of {' '.join(FORMATS)}")
+    if group_size is not None and group_size not in GROUPS:
+        raise ValueError(f"group size {group_size}, expected 32, 64 or 128")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}, expected one of {' '.join(METHODS)}")
+    for pattern, _ in tensor_types:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"regular expression {pattern!r}: {error}") from None
+
+
+def make_plan(
+    source: Source,
+    *,
+    format: str | None = None,
+    group_size: int | None = None,
+    method: str = "rtn",
+    tensor_types: Sequence[tuple[str, str]] = (),
+) -> Plan:
+    """Decides the format of every tensor of an opened source; arguments as in `convert`. Reads no weights."""
+    check_request(format, group_size, method, tensor_types)
+    check_config(source.config, "source")
+    check_tensors(source.config, {name: tensor.shape for name, tensor in source.tensors.items()}, "source")
+    rules = [(re.compile(pattern), wanted) for pattern, wanted in tensor_types]
+    unused = set(range(len(rules)))
+    planned: list[Planned] = []
+    for name, tensor in source.tensors.items():
+        wanted = format
+        for i, (pattern, chosen) in enumerate(rules):
+            if len(tensor.shape) == 2 and pattern.search(name):
+                wanted = chosen
+                unused.discard(i)
+        planned.append(_plan_tensor(name, tensor, wanted, group_size))
+    if unused:
+        raise QuantizeError(
+            f"--tensor-type {rules[min(unused)][0].pattern!r} fits no matrix; "
+            "names are like layers.0.wq, and vectors stay f32"
+        )
+    if group_size is not None and not any(item.spec.group == group_size for item in planned):
+        raise QuantizeError(f"group size {group_size} would apply to no matrix; say which format, as --format q4")
+    return _summarize(source, planned, method)
+
+
+def _plan_tensor(name: str, tensor: SourceTensor, wanted: str | None, group_size: int | None) -> Planned:
+    if len(tensor.shape) == 1:
+        return Planned(tensor, TensorSpec(name, "f32", tensor.shape), "cast")
+    grid = tensor.grid
+    if grid is not None:
+        if wanted is None and grid.info.quantized:
+            return Planned(tensor, grid, "repack")
+        same_group = not grid.info.quantized or group_size in (None, grid.group)
+        if wanted == grid.format and same_group:
+            return Planned(tensor, grid, "repack")
+    format = wanted or DEFAULT_FORMAT
+    if not FORMATS[format].quantized:
+        return Planned(tensor, TensorSpec(name, format, tensor.shape), "cast")
+    spec = TensorSpec(
+        name,
+        format,
+        tensor.shape,
+        group=group_size or DEFAULT_GROUP,
+        offset="f16" if FORMATS[format].has_offset else "",
+        codebook=Q4NL_CODEBOOK if FORMATS[format].has_codebook else (),
+    )
+    return Planned(tensor, spec, "quantize")
+
+
+def _summarize(source: Source, planned: list[Planned], method: str) -> Plan:
+    weights: dict[tuple[str, int], int] = {}
+    matrices = [item for item in planned if not item.spec.is_vector]
+    for item in matrices:
+        kind = (item.spec.format, item.spec.group)
+        weights[kind] = weights.get(kind, 0) + item.spec.n_weights
+    format, group = max(weights, key=lambda kind: weights[kind])
+    hows = {item.how for item in matrices}
+    return Plan(
+        source, tuple(planned), format, group, method if "quantize" in hows else min(hows, key="repack cast".index)
+    )
+
+
+def write_plan(
+    plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False, progress: ProgressFunction | None = None
+) -> Path:
+    """Carries out a plan: reads, converts, writes tensor by tensor. Returns the folder; raises as `convert` does."""
+    files = plan.source.tokenizer_files()  # before the long part, as it may fail
+    if plan.source.generation_config:
+        files[GENERATION_FILE] = (json.dumps(plan.source.generation_config, indent=2) + "\n").encode()
+    done, total = 0, plan.n_weights
+    with FolderWriter(out, [item.spec for item in plan.tensors], overwrite=overwrite) as writer:
+        for name, data in files.items():
+            writer.add_file(name, data)
+        for item in plan.tensors:
+            payload = np.zeros(item.spec.payload_bytes, dtype=np.uint8)
+            for n_weights in _fill(item, payload, plan.method):
+                done += n_weights
+                if progress is not None:
+                    progress(Progress(done, total, item.spec.name))
+            writer.add_tensor(item.spec, payload)
+        return writer.finish(plan.config())
+
+
+def _fill(item: Planned, payload: NDArray[np.uint8], method: str) -> Iterator[int]:
+    """Converts a tensor into its zeroed payload, block by block; yields the weights of each."""
+    spec = item.spec
+    if spec.is_vector:
+        pack_rows(spec, payload, _cast(spec, item.source.read()), 0)
+        yield spec.n_weights
+        return
+    n_rows, n_columns = spec.shape
+    step = round_up(max(1, _BLOCK_WEIGHTS // n_columns), TILE_ROWS)
+    for first in range(0, n_rows, step):
+        rows = slice(first, min(first + step, n_rows))
+        if item.how == "repack":
+            packed = item.source.read_packed(rows)
+            check_finite(spec, packed)
+        elif item.how == "quantize":
+            packed = METHODS[method](item.source.read(rows), spec)
+        else:
+            packed = _cast(spec, item.source.read(rows))
+        pack_rows(spec, payload, packed, first)
+        yield (rows.stop - rows.start) * n_columns
+
+
+def _cast(spec: TensorSpec, values: NDArray[np.float32]) -> Packed:
+    packed = dense(spec, values)
+    try:
+        check_finite(spec, packed)
+    except ModelFormatError:
+        if not np.isfinite(values).all():
+            raise
+        raise QuantizeError(
+            f"{spec.name}: has values up to {np.abs(values).max():.6g}, beyond {spec.format}; choose f32"
+            + (" or bf16" if spec.format == "f16" else "")
+        ) from None
+    return packed

@@ -1,0 +1,79 @@
+"""Checks a model folder from the first byte to the last: config, metadata, shapes, checksums, values and padding.
+
+Opening a model checks everything but the payloads (pyllama/common/model_folder.py); this reads those, too. Nothing is
+written or repaired. Whether the model is any good is not decided here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyllama.common.errors import ModelFormatError
+from pyllama.common.formats import TensorSpec, check_finite, check_permutation, pack, unpack
+from pyllama.common.model_folder import StoredTensor, read_model_folder
+from pyllama.common.reader import Bytes
+
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a sound folder holds."""
+
+    n_tensors: int
+    n_weights: int
+    payload_bytes: int
+
+
+def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int, str], None] | None = None) -> Verified:
+    """Reads the whole folder and compares everything that can be compared.
+
+    progress(done, total, name) is called with bytes. Raises ModelFormatError that names the first tensor (or file) that
+    is not as it was written: a missing checksum, a flipped bit, a value that is not finite, padding that is not zero.
+    """
+    folder = read_model_folder(path)
+    total = sum(tensor.spec.payload_bytes for tensor in folder.tensors.values())
+    done = 0
+    for name, tensor in folder.tensors.items():
+        _verify_tensor(tensor)
+        done += tensor.spec.payload_bytes
+        if progress is not None:
+            progress(done, total, name)
+    return Verified(len(folder.tensors), sum(t.spec.n_weights for t in folder.tensors.values()), total)
+
+
+def _verify_tensor(tensor: StoredTensor) -> None:
+    path, spec = tensor.file.file.path, tensor.spec
+    if tensor.sha256 is None:
+        raise ModelFormatError(f"{path}: {spec.name}: has no checksum in its metadata; convert the model again")
+    payload = tensor.payload()
+    found = _sha256(payload)
+    if found != tensor.sha256.lower():
+        raise ModelFormatError(
+            f"{path}: {spec.name}: sha256 of its payload is {found}, its metadata says {tensor.sha256}; "
+            "the file was damaged or changed, convert the model again"
+        )
+    _verify_values(spec, payload, str(path))
+
+
+def _verify_values(spec: TensorSpec, payload: Bytes, where: str) -> None:
+    try:
+        packed = unpack(spec, payload)
+        check_finite(spec, packed)
+        check_permutation(spec, packed)
+    except ModelFormatError as error:
+        raise ModelFormatError(f"{where}: {error}") from None
+    if not np.array_equal(pack(spec, packed), payload):
+        raise ModelFormatError(f"{where}: {spec.name}: padding is not zero; the file was not written by quantize")
+
+
+def _sha256(payload: Bytes) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, payload.size, _CHUNK_BYTES):
+        digest.update(payload[start : start + _CHUNK_BYTES].data)
+    return digest.hexdigest()
