@@ -23,7 +23,7 @@ from .common.model_folder import ModelFolder, is_model_folder, read_model_folder
 from .common.reader import read_json
 from .demo import demo_source
 from .native import load_native
-from .rope import rope_frequencies
+from .rope import inv_freq
 
 DEMO = "demo"
 
@@ -57,8 +57,8 @@ class OpenedModel:
 
     def native_config(self, n_ctx: int) -> dict[str, Any]:
         """The config in the engine's words, for contexts of at most `n_ctx` tokens."""
-        inv_freq, factor = rope_frequencies(self.config)
-        return self.config | {"max_seq_len": n_ctx, "rope_inv_freq": inv_freq, "rope_attention_factor": factor}
+        frequencies, factor = inv_freq(self.config)
+        return self.config | {"max_seq_len": n_ctx, "rope_inv_freq": frequencies, "rope_attention_factor": factor}
 
 
 def open_model(path: str | os.PathLike[str], *, mmap: bool = True, format: str | None = None) -> OpenedModel:

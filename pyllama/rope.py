@@ -16,60 +16,67 @@ from numpy.typing import NDArray
 from .common.errors import ModelFormatError
 
 
-def rope_frequencies(config: Mapping[str, Any]) -> tuple[NDArray[np.float32], float]:
-    """(inv_freq float32 [head_dim/2] in radians per token, attention factor) of a canonical config.
+def inv_freq(config: Mapping[str, Any]) -> tuple[NDArray[np.float32], float]:
+    """(radians per token, float32 [head_dim/2]; the factor on cos and sin) of a canonical config.
 
-    Raises ModelFormatError for a `rope_scaling` that this build does not know or that lacks a number.
+    Raises ModelFormatError for a `rope_scaling` that this build does not know or a number that cannot be.
     Source: RoFormer, arXiv 2104.09864, equation 15.
     """
-    half = config["head_dim"] // 2
-    inv_freq = float(config["rope_theta"]) ** -(np.arange(half, dtype=np.float64) / half)
+    head_dim = config["head_dim"]
+    if head_dim % 2:
+        raise ModelFormatError(f"config: head_dim is {head_dim}, expected an even number")
+    half = head_dim // 2
+    plain = _number(config, "rope_theta", where="config") ** -(np.arange(half, dtype=np.float64) / half)
     scaling = config.get("rope_scaling")
-    factor = 1.0
-    if scaling is not None:
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind not in _SCALINGS:
-            raise ModelFormatError(f"rope_scaling: unknown rope_type {kind!r}, expected one of {' '.join(_SCALINGS)}")
-        inv_freq, factor = _SCALINGS[kind](inv_freq, scaling, config)
-    return inv_freq.astype(np.float32), factor
+    if scaling is None:
+        scaling = {"rope_type": "default"}
+    if not isinstance(scaling, Mapping):
+        raise ModelFormatError(f"rope_scaling is {scaling!r}, expected an object or null")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        raise ModelFormatError(f"rope_scaling: {kind!r} is not supported, expected one of {' '.join(_SCALINGS)}")
+    scaled, factor = _SCALINGS[kind](plain, scaling, config)
+    return scaled.astype(np.float32), factor
 
 
-def _number(scaling: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def _number(
+    scaling: Mapping[str, Any], key: str, default: float | None = None, *, where: str = "rope_scaling"
+) -> float:
     value = scaling.get(key)
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ModelFormatError(f"rope_scaling: {key} is {value!r}, expected a positive number")
+        raise ModelFormatError(f"{where}: {key} is {value!r}, expected a positive number")
     return float(value)
 
 
 _Scaled = tuple[NDArray[np.float64], float]
 
 
-def _default(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
-    return inv_freq, 1.0
+def _default(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
+    return plain, 1.0
 
 
-def _linear(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
+def _linear(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
     """Positions are squeezed: arXiv 2306.15595, equation 3."""
-    return inv_freq / _number(scaling, "factor"), 1.0
+    return plain / _number(scaling, "factor"), 1.0
 
 
-def _llama3(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
+def _llama3(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
     """Slow pairs are squeezed, fast ones left alone, those between blended: Llama 3.1's own scheme."""
     low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
     if low >= high:
-        raise ModelFormatError(f"rope_scaling: low_freq_factor {low} is not below high_freq_factor {high}")
-    turns = _number(scaling, "original_max_position_embeddings") * inv_freq / (2 * math.pi)
+        raise ModelFormatError(f"rope_scaling: low_freq_factor is {low}, expected less than high_freq_factor, which is {high}")
+    turns = _number(scaling, "original_max_position_embeddings") * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return inv_freq * (keep + (1 - keep) / _number(scaling, "factor")), 1.0
+    return plain * (keep + (1 - keep) / _number(scaling, "factor")), 1.0
 
 
-def _yarn(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
+def _yarn(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
     """YaRN: arXiv 2309.00071, section 3.2, and equation 22 for the attention factor."""
     factor = _number(scaling, "factor")
     original = _number(scaling, "original_max_position_embeddings", float(config["max_seq_len"]))
-    half = len(inv_freq)
+    half = len(plain)
 
     def pair_with_turns(turns: float) -> float:
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(float(config["rope_theta"]))
@@ -80,7 +87,7 @@ def _yarn(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], config: Map
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * half - 1)
     squeeze = np.clip((np.arange(half) - first) / max(last - first, 1e-3), 0.0, 1.0)
-    return inv_freq * (1 - squeeze + squeeze / factor), _yarn_attention(scaling, factor)
+    return plain * (1 - squeeze + squeeze / factor), _yarn_attention(scaling, factor)
 
 
 def _yarn_attention(scaling: Mapping[str, Any], factor: float) -> float:
