@@ -66,8 +66,11 @@ def _llama3(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapp
     """Slow pairs are squeezed, fast ones left alone, those between blended: Llama 3.1's own scheme."""
     low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
     if low >= high:
-        raise ModelFormatError(f"rope_scaling: low_freq_factor is {low}, expected less than high_freq_factor, which is {high}")
-    turns = _number(scaling, "original_max_position_embeddings") * plain / (2 * math.pi)
+        raise ModelFormatError(
+            f"rope_scaling: low_freq_factor is {low}, expected less than high_freq_factor, which is {high}"
+        )
+    original = _number(scaling, "original_max_position_embeddings", float(config["max_seq_len"]))
+    turns = original * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return plain * (keep + (1 - keep) / _number(scaling, "factor")), 1.0
 
@@ -76,10 +79,12 @@ def _yarn(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mappin
     """YaRN: arXiv 2309.00071, section 3.2, and equation 22 for the attention factor."""
     factor = _number(scaling, "factor")
     original = _number(scaling, "original_max_position_embeddings", float(config["max_seq_len"]))
-    half = len(plain)
+    theta, half = _number(config, "rope_theta", where="config"), len(plain)
+    if theta <= 1:
+        raise ModelFormatError(f"config: rope_theta is {theta}, expected more than 1 with rope_scaling of type yarn")
 
     def pair_with_turns(turns: float) -> float:
-        return half * math.log(original / (turns * 2 * math.pi)) / math.log(float(config["rope_theta"]))
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
     first = pair_with_turns(_number(scaling, "beta_fast", 32.0))
     last = pair_with_turns(_number(scaling, "beta_slow", 1.0))
