@@ -53,7 +53,7 @@ class Ours:
 
         self._native: Any = _C
         opened: Any = open_model(path)
-        self._model = _C.Model(opened.config, opened.weights, threads=threads, max_batch_tok=BATCH)
+        self._model = _C.Model(opened.native_config(MAX_CONTEXT), opened.weights, threads=threads, max_batch_tok=BATCH)
         self._threads = threads
         self._weights = opened.weights
         self.settings = ["default"]
