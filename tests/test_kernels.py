@@ -1,0 +1,332 @@
+"""Every CPU kernel against float64 numpy, on every instruction set of this machine, and all of these against each other
+with ==. Shapes are odd on purpose: tails of rows, columns and groups are where kernels go wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from .helpers_models import DENSE, QUANTIZED, Kind, native_weight, random_packed
+from pyllama import _C
+from pyllama.common.formats import Packed, TensorSpec, dense, dequantize, pack
+
+ISAS = _C.isas()
+EPS = 2.0**-24
+ops = _C.ops
+
+
+def same(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Equal bit for bit."""
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def make(kind: Kind, n: int, k: int, seed: int = 0) -> tuple[TensorSpec, Packed]:
+    spec = kind.spec("w", (n, k))
+    return spec, random_packed(spec, np.random.default_rng(seed))
+
+
+def stored_order(spec: TensorSpec, packed: Packed) -> NDArray[np.float64]:
+    """The matrix with its columns as stored, in float64."""
+    values = dequantize(spec, packed).astype(np.float64)
+    return values if packed.input_order is None else values[:, packed.input_order]
+
+
+def int8_activations(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """What the engine makes of activations: int8 with a float32 scale for each 32 columns."""
+    m, k = x.shape
+    padded = np.zeros((m, -(-k // 32) * 32), np.float32)
+    padded[:, :k] = x
+    blocks = padded.reshape(m, -1, 32)
+    amax = np.abs(blocks).max(axis=2, keepdims=True)
+    tiny = amax < np.float32(1e-30)
+    with np.errstate(divide="ignore", over="ignore"):
+        scale = np.where(tiny, np.float32(0), amax / np.float32(127))
+        inverse = np.where(tiny, np.float32(0), np.float32(127) / amax)
+    codes = np.clip(np.rint(blocks * inverse), -127, 127)
+    return (codes.astype(np.float64) * scale).reshape(m, -1)[:, :k]
+
+
+def expected(spec: TensorSpec, packed: Packed, x: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The product in float64, and a bound on what float32 may add: a rounding for each fma of a chain, each at
+    most EPS times the sum of magnitudes; the constant covers the scale's products and the offset's chain.
+    """
+    w = stored_order(spec, packed)
+    if packed.input_order is not None:
+        x = x[:, packed.input_order]
+    a = int8_activations(x) if spec.info.quantized else x.astype(np.float64)
+    terms = spec.shape[1] / 32 + 40
+    magnitude = np.abs(a) @ np.abs(w).T
+    if packed.offsets is not None:  # codes and offset may cancel in w, but not in the two chains
+        codes = packed.codes.max() * np.abs(w).max()
+        magnitude = magnitude + 4 * codes * np.abs(a).sum(axis=1, keepdims=True)
+    return a @ w.T, terms * EPS * magnitude + 1e-38
+
+
+@pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)
+def test_matmul_against_float64_and_between_instruction_sets(kind: Kind) -> None:
+    rng = np.random.default_rng(1)
+    for n, k, m in [(1, 32, 1), (16, 64, 8), (17, 96, 3), (33, 160, 9), (40, 100, 5), (48, 577, 2), (63, 31, 12), (80, 320, 50)]:
+        spec, packed = make(kind, n, k, seed=n)
+        weight = native_weight(spec, packed)
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        want, bound = expected(spec, packed, x)
+        results = {isa: ops.matmul(weight, x, isa=isa, threads=2) for isa in ISAS}
+        for isa, y in results.items():
+            assert (np.abs(y - want) <= bound).all(), (isa, n, k, m, np.abs(y - want).max())
+            assert same(y, results["scalar"]), (isa, n, k, m)
+        for row in range(min(m, 4)):
+            assert same(ops.matmul(weight, x[row : row + 1], threads=1)[0], results["scalar"][row]), (n, k, m, row)
+
+
+@given(
+    st.sampled_from(DENSE + QUANTIZED),
+    st.integers(1, 70),
+    st.integers(1, 300),
+    st.integers(1, 20),
+    st.integers(0, 2**31),
+)
+def test_matmul_property(kind: Kind, n: int, k: int, m: int, seed: int) -> None:
+    spec, packed = make(kind, n, k, seed)
+    weight = native_weight(spec, packed)
+    x = np.random.default_rng(seed).standard_normal((m, k)).astype(np.float32)
+    want, bound = expected(spec, packed, x)
+    y = ops.matmul(weight, x, threads=2)
+    assert (np.abs(y - want) <= bound).all()
+    for isa in ISAS:
+        assert same(ops.matmul(weight, x, isa=isa), y), isa
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=str)
+def test_extreme_codes_do_not_saturate(kind: Kind) -> None:
+    """Every weight and activation at the end of its range, all signs alike: the largest int32 sums there are."""
+    spec, packed = make(kind, 32, 256)
+    for code in (packed.codes.min(), packed.codes.max()):
+        packed.codes[:] = code
+        weight = native_weight(spec, packed)
+        for sign in (-1.0, 1.0):
+            x = np.full((5, 256), sign, np.float32)
+            want, bound = expected(spec, packed, x)
+            for isa in ISAS:
+                assert (np.abs(ops.matmul(weight, x, isa=isa) - want) <= bound).all(), isa
+
+
+@pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)
+def test_zero_huge_and_subnormal_inputs(kind: Kind) -> None:
+    spec, packed = make(kind, 19, 160)
+    weight = native_weight(spec, packed)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((6, 160)).astype(np.float32)
+    x[0] = 0
+    x[1, 32:64] = 0
+    x[2] *= np.float32(1e30)
+    x[3] *= np.float32(1e-25)
+    x[4] *= np.float32(1e-42)  # subnormal: below what a group keeps
+    x[5, ::7] *= np.float32(1e6)
+    want, bound = expected(spec, packed, x)
+    results = [ops.matmul(weight, x, isa=isa) for isa in ISAS]
+    for y in results:
+        assert (np.abs(y - want) <= bound).all()
+        assert (y[0] == 0).all()
+        assert same(y, results[-1])
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=str)
+def test_zero_and_subnormal_scales(kind: Kind) -> None:
+    spec, packed = make(kind, 16, 128)
+    assert packed.scales is not None
+    packed.scales[:, 0] = 0
+    packed.scales[1] = np.array(3, np.uint16).view(packed.scales.dtype)  # the third-smallest subnormal
+    weight = native_weight(spec, packed)
+    x = np.random.default_rng(4).standard_normal((3, 128)).astype(np.float32)
+    want, bound = expected(spec, packed, x)
+    for isa in ISAS:
+        assert (np.abs(ops.matmul(weight, x, isa=isa) - want) <= bound).all(), isa
+
+
+@pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)
+def test_rows_of_the_embedding(kind: Kind) -> None:
+    spec, packed = make(kind, 21, 100)
+    weight, want = native_weight(spec, packed), dequantize(spec, packed)
+    for row in (0, 15, 16, 20):
+        assert same(ops.dequantize_row(weight, row), want[row])
+
+
+def guarded(data: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], mmap.mmap]:
+    """A copy of `data` that ends where an unreadable page begins."""
+    page = mmap.PAGESIZE
+    size = -(-data.nbytes // page) * page
+    region = mmap.mmap(-1, size + page)
+    view = np.frombuffer(region, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = view.ctypes.data + size
+    assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(page), mmap.PROT_READ * 0) == 0
+    out = view[size - data.nbytes : size]
+    out[:] = data.reshape(-1).view(np.uint8)
+    return out, region
+
+
+@pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)
+def test_nothing_is_read_beyond_the_buffers(kind: Kind) -> None:
+    for n, k in [(17, 100), (16, 32), (5, 70)]:
+        spec, packed = make(kind, n, k)
+        payload, keep = guarded(pack(spec, packed))
+        codebook = spec.codebook
+        weight = _C.Weight(
+            "w", spec.format, spec.shape, payload, group=spec.group, scale=spec.scale, offset=spec.offset,
+            codebook=codebook, input_order=spec.input_order,
+        )  # fmt: skip
+        x = np.random.default_rng(0).standard_normal((3, k)).astype(np.float32)
+        edge, keep_x = guarded(x)
+        at_edge = edge.view(np.float32).reshape(3, k)
+        want, bound = expected(spec, packed, x)
+        for isa in ISAS:
+            assert (np.abs(ops.matmul(weight, at_edge, isa=isa) - want) <= bound).all()
+        assert keep is not None and keep_x is not None
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_vector_kernels_read_nothing_beyond_their_input(isa: str) -> None:
+    rng = np.random.default_rng(5)
+    for n in (2, 34, 70, 130):
+        x, keep = guarded(rng.standard_normal(n).astype(np.float32))
+        w, keep_w = guarded(rng.standard_normal(n).astype(np.float32))
+        a, b = x.view(np.float32), w.view(np.float32)
+        assert np.isfinite(ops.rmsnorm(a, b, 1e-5, isa=isa)).all()
+        assert np.isfinite(ops.swiglu(a, b, isa=isa)).all()
+        assert np.isfinite(ops.rope(a, b[: n // 2], b[n // 2 :], isa=isa)).all()
+        assert keep is not None and keep_w is not None
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_quantized_activations(isa: str) -> None:
+    rng = np.random.default_rng(6)
+    for k in (1, 31, 32, 33, 576, 1000):
+        x = (rng.standard_normal((3, k)) * 10.0 ** rng.integers(-20, 20, (3, 1))).astype(np.float32)
+        q, scale, sums = ops.quantize_activations(x, isa=isa)
+        blocks = q.reshape(3, -1, 32)
+        assert np.abs(q).max() <= 127 and (q[:, k:] == 0).all()
+        assert (sums == blocks.sum(axis=2)).all()
+        values = (blocks.astype(np.float64) * scale[:, :, None]).reshape(3, -1)[:, :k]
+        assert (values == int8_activations(x)).all()
+        widest = np.repeat(scale, 32, axis=1)[:, :k]
+        assert (np.abs(values - x) <= widest * 0.5001).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exp(isa: str) -> None:
+    x = np.concatenate([np.linspace(-87.6, 88.3, 20001), np.linspace(-1, 1, 2001)]).astype(np.float32)
+    y = ops.exp(x, isa=isa)
+    want = np.exp(x.astype(np.float64))
+    assert (np.abs(y - want) <= 3e-7 * want).all()
+    assert same(y, ops.exp(x, isa="scalar"))
+    assert (ops.exp(np.array([-np.inf, -1e30, -88.0], np.float32), isa=isa) == 0).all()
+    assert np.isposinf(ops.exp(np.array([np.inf, 1e30, 89.0], np.float32), isa=isa)).all()
+    assert ops.exp(np.array([0.0], np.float32), isa=isa)[0] == 1.0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_norm_rope_and_swiglu(isa: str) -> None:
+    rng = np.random.default_rng(7)
+    for n in (2, 16, 48, 62, 100, 576, 4096):
+        x, w = rng.standard_normal((2, n)).astype(np.float32)
+        y = ops.rmsnorm(x, w, 1e-5, isa=isa)
+        want = x.astype(np.float64) / np.sqrt(np.mean(x.astype(np.float64) ** 2) + 1e-5) * w
+        # n/16 fma of a lane, the tree, division, root and two products: relative to the value
+        assert (np.abs(y - want) <= (n / 32 + 12) * EPS * np.abs(want)).all()
+        assert same(y, ops.rmsnorm(x, w, 1e-5, isa="scalar"))
+
+        h = ops.swiglu(x * 20, w, isa=isa)
+        gate = (x * 20).astype(np.float64)
+        want = gate / (1 + np.exp(-gate)) * w
+        assert (np.abs(h - want) <= 1e-6 * np.abs(want) + 1e-36).all()
+        assert same(h, ops.swiglu(x * 20, w, isa="scalar"))
+
+        angle = rng.uniform(-3, 3, n // 2)
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        r = ops.rope(x, cos, sin, isa=isa)
+        a, b = x[: n // 2].astype(np.float64), x[n // 2 :].astype(np.float64)
+        want = np.concatenate([a * cos - b * sin, b * cos + a * sin])
+        assert np.abs(r - want).max() <= 4 * EPS * np.abs(x).max()
+        assert same(r, ops.rope(x, cos, sin, isa="scalar"))
+
+
+def attention_oracle(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], pos: int) -> NDArray[np.float64]:
+    n_tok, n_heads, head_dim = q.shape
+    group = n_heads // k.shape[1]
+    k64 = np.repeat(k.astype(np.float16).astype(np.float64), group, axis=1)
+    v64 = np.repeat(v.astype(np.float16).astype(np.float64), group, axis=1)
+    scores = np.einsum("thd,khd->htk", q.astype(np.float64), k64) / np.sqrt(head_dim)
+    scores[:, np.arange(n_tok)[:, None] + pos < np.arange(pos + n_tok)[None, :]] = -np.inf
+    p = np.exp(scores - scores.max(axis=2, keepdims=True))
+    return np.einsum("htk,khd->thd", p / p.sum(axis=2, keepdims=True), v64)
+
+
+SHAPES = [  # n_tok, pos, n_heads, n_kv_heads, head_dim
+    (1, 0, 1, 1, 2),
+    (1, 63, 4, 2, 16),
+    (1, 64, 9, 3, 64),
+    (5, 60, 6, 2, 24),
+    (70, 0, 4, 4, 32),
+    (3, 511, 2, 1, 40),
+    (2, 1500, 12, 1, 64),
+    (33, 500, 8, 2, 128),
+    (1, 1030, 3, 3, 6),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(shape: tuple[int, int, int, int, int]) -> None:
+    n_tok, pos, n_heads, n_kv_heads, head_dim = shape
+    rng = np.random.default_rng(8)
+    q = (2 * rng.standard_normal((n_tok, n_heads, head_dim))).astype(np.float32)
+    k, v = rng.standard_normal((2, pos + n_tok, n_kv_heads, head_dim)).astype(np.float32)
+    want = attention_oracle(q, k, v, pos)
+    first = ops.attention(q, k, v, pos, isa="scalar", threads=1)
+    # scores carry head_dim roundings, weights a relative error of about that, sums one for each key
+    bound = (2 * head_dim + 64 + 8) * 4 * EPS * np.abs(v).max() * (1 + np.abs(q).max())
+    assert np.abs(first - want).max() <= bound
+    for isa in ISAS:
+        for threads in (1, 2, 3):
+            assert same(ops.attention(q, k, v, pos, isa=isa, threads=threads), first), (isa, threads)
+    # The last query alone gives the bits that it gave among the others.
+    assert same(ops.attention(q[-1:], k, v, pos + n_tok - 1), first[-1:])
+
+
+def test_attention_with_huge_scores_and_values() -> None:
+    rng = np.random.default_rng(9)
+    q = (1e4 * rng.standard_normal((2, 2, 16))).astype(np.float32)
+    k = (1e3 * rng.standard_normal((130, 1, 16))).astype(np.float32)
+    v = np.full((130, 1, 16), 1e9, np.float32)  # beyond half precision: kept at its largest number
+    for isa in ISAS:
+        o = ops.attention(q, k, v, 128, isa=isa)
+        assert np.isfinite(o).all()
+        assert np.abs(o / 65504 - 1).max() < 1e-5
+
+
+def test_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.zeros(4, np.float32)
+    with pytest.raises(ValueError, match=r"isa='avx9000': no such instruction set.*scalar"):
+        ops.exp(x, isa="avx9000")
+    monkeypatch.setenv("PYLLAMA_ISA", "mmx")
+    with pytest.raises(ValueError, match="PYLLAMA_ISA='mmx'"):
+        ops.exp(x)
+    monkeypatch.setenv("PYLLAMA_ISA", "scalar")
+    assert ops.exp(x)[0] == 1.0
+
+
+def test_bad_arguments() -> None:
+    spec, packed = make(Kind("f32"), 4, 8)
+    weight = native_weight(spec, packed)
+    with pytest.raises(ValueError, match="x must be"):
+        ops.matmul(weight, np.zeros((2, 9), np.float32))
+    vector = TensorSpec("v", "f32", (8,))
+    with pytest.raises(ValueError, match="row out of range"):
+        ops.dequantize_row(native_weight(vector, dense(vector, np.zeros(8, np.float32))), 0)
