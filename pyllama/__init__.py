@@ -1,7 +1,7 @@
 """LLaMA inference on the CPU from Python, by the C++ kernels of `pyllama._C`.
 
-Public names are loaded on first use (PEP 562), so that `import pyllama.common` works where the extension is not built; the
-`quantize` package relies on that. Nothing here starts a thread or reads a model.
+Public names are loaded on first use (PEP 562), so that `import pyllama.common` works where the extension is not
+built; the `quantize` package relies on that. Nothing here starts a thread or reads a model.
 """
 
 from __future__ import annotations

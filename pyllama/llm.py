@@ -1,13 +1,13 @@
 """`LLM`: a model that is opened once and asked many times, from one thread or many.
 
-This file turns what callers pass (text, token ids, messages, options) into requests, and their results into outputs. Steps
-and threads are scheduler.py's, text is reply.py's, files are open.py's.
+This file turns what callers pass (text, token ids, messages, options) into requests, and their results into outputs.
+Steps and threads are scheduler.py's, text is reply.py's, files are open.py's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +31,14 @@ Prompt = str | Sequence[int]
 class LLM:
     """A LLaMA model, ready to run.
 
-    `path`: a model folder, a foreign checkpoint (GGUF file, Hugging Face folder: converted once into the cache), or "demo".
-    `device`: "auto" or "cpu". `n_ctx`: tokens of prompt and reply together, by default all that the model was made for.
-    `threads`: by default one per physical core that this process may use. `mmap=False` reads the weights instead of mapping
-    them (a mapped file must not shrink while it is used). `format`: what a foreign checkpoint is converted to.
+    `path`: a model folder, a foreign checkpoint (GGUF file, Hugging Face folder: converted once into the cache), or
+    "demo". `device`: "auto" or "cpu". `n_ctx`: tokens of prompt and reply together, by default all that the model was
+    made for. `threads`: by default one per physical core that this process may use. `mmap=False` reads the weights
+    instead of mapping them (a mapped file must not shrink while it is used). `format`: what a foreign checkpoint is
+    converted to.
 
-    Raises FileNotFoundError, ModelFormatError, DeviceError, QuantizeError; ValueError for bad arguments.
-    One LLM may be used from many threads: their requests share the model's steps, and do not change each other's results.
+    Raises FileNotFoundError, ModelFormatError, DeviceError, QuantizeError; ValueError for bad arguments. One LLM may
+    be used from many threads: their requests share the model's steps, and do not change each other's results.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class LLM:
         self._start(open_model(path, mmap=mmap, format=format), n_ctx, threads)
 
     @classmethod
-    def _from_opened(cls, opened: OpenedModel, n_ctx: int | None = None, threads: int | None = None, **options: Any) -> LLM:
+    def _from_opened(
+        cls, opened: OpenedModel, n_ctx: int | None = None, threads: int | None = None, **options: Any
+    ) -> LLM:
         """For tests: a model that lies in memory. `options` go to `_C.Model`."""
         llm = cls.__new__(cls)
         llm._start(opened, n_ctx, threads, **options)
@@ -82,42 +85,47 @@ class LLM:
         self._end_ids = frozenset(opened.end_ids)
         self._closed = False
 
-    # ------------------------------------------------------------------------------------------------ text from a prompt
+    # -------------------------------------------------------------------------------- text from a prompt
 
+    @overload
+    def generate(self, prompts: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]: ...
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> RequestOutput | list[RequestOutput]:
         """Continues a prompt (text or token ids) to a RequestOutput, or a list of prompts, together, to a list of them.
 
-        `options` are fields of SamplingParams, laid over `params`; a list of prompts may have a list of params. Text gets
-        the model's beginning-of-text token, token ids are taken as they are.
-        Raises ContextLengthError when a prompt leaves no room for a token, ValueError for bad arguments.
+        `options` are fields of SamplingParams, laid over `params`; a list of prompts may have a list of params. Text
+        gets the model's beginning-of-text token, token ids are taken as they are. Raises ContextLengthError when a
+        prompt leaves no room for a token, ValueError for bad arguments.
         """
         if _is_one_prompt(prompts):
             return self._run([self._reply(prompts, _single(params), options)])[0]
-        if isinstance(params, Sequence):
-            if len(params) != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters")
-            choices: Sequence[SamplingParams | None] = params
-        else:
-            choices = [params] * len(prompts)
+        choices = params if isinstance(params, Sequence) else [params] * len(prompts)
+        if len(choices) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(choices)} sampling parameters")
         return self._run([self._reply(p, c, options) for p, c in zip(prompts, choices, strict=True)])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Piece]:
         """Like `generate` for one prompt, token by token: the pieces' texts joined are its text.
 
-        Arguments are checked at once; the model starts with the first piece asked for. Leaving the loop ends the request.
+        Arguments are checked at once; the model starts with the first piece asked for. Leaving the loop ends the
+        request.
         """
         return self._pieces(self._reply(prompt, params, options))
 
-    # ------------------------------------------------------------------------------------------------ conversations
+    # -------------------------------------------------------------------------------- conversations
 
-    def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
-    ) -> RequestOutput:
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> RequestOutput:
         """The model's answer to a conversation: [{"role": "user" | "assistant" | "system", "content": text}, …].
 
         Raises PyllamaError for a model without a chat template; otherwise as `generate`.
@@ -139,10 +147,10 @@ class LLM:
         from .chat_template import encode_chat
 
         template = self._template(messages)
-        return encode_chat(self.tokenizer, template, list(messages), add_generation_prompt=add_generation_prompt)
+        return list(encode_chat(self.tokenizer, template, list(messages), add_generation_prompt=add_generation_prompt))
 
     def session(self) -> Session:
-        """A conversation that keeps its cache, so that a longer prompt with the same beginning costs only what is new."""
+        """A conversation that keeps its cache: a longer prompt with the same beginning costs only what is new."""
         return Session(self)
 
     def _template(self, messages: Sequence[Message]) -> Any:
@@ -151,7 +159,7 @@ class LLM:
             raise PyllamaError(f"{self.path}: the model has no chat template; use generate() with a prompt of your own")
         return self._chat_template
 
-    # ------------------------------------------------------------------------------------------------ numbers
+    # -------------------------------------------------------------------------------- numbers
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The model's logits after each token of a text: float32 [len(token_ids), vocab_size]."""
@@ -164,7 +172,7 @@ class LLM:
             raise request.error
         return np.concatenate([result.logits for result in request.results])
 
-    # ------------------------------------------------------------------------------------------------ life and death
+    # -------------------------------------------------------------------------------- life and death
 
     def close(self) -> None:
         """Frees the model. Requests of other threads end with an error. Closing twice does nothing."""
@@ -185,10 +193,10 @@ class LLM:
         state = "closed" if self._closed else f"device={self.device!r}, threads={self.threads}, n_ctx={self.n_ctx}"
         return f"LLM({str(self.path)!r}, {state})"
 
-    # ------------------------------------------------------------------------------------------------ from calls to requests
+    # -------------------------------------------------------------------------------- from calls to requests
 
     def _reply(
-        self, prompt: Prompt, params: SamplingParams | None, options: Mapping[str, Any], sequence: Any = None
+        self, prompt: Any, params: SamplingParams | None, options: Mapping[str, Any], sequence: Any = None
     ) -> Reply:
         if self._closed:
             raise ValueError("this LLM is closed")
@@ -220,7 +228,7 @@ class LLM:
         longest = self.config["max_seq_len"]
         return f"; shorten it, or raise n_ctx (up to {longest})" if self.n_ctx < longest else "; shorten it"
 
-    def _prompt_ids(self, prompt: Prompt) -> NDArray[np.int32]:
+    def _prompt_ids(self, prompt: Any) -> NDArray[np.int32]:
         if isinstance(prompt, str):
             ids = np.asarray(self.tokenizer.encode(prompt), np.int64)
         else:
@@ -236,7 +244,7 @@ class LLM:
             if not 0 <= token < size:
                 raise ValueError(f"{what}: token id {token} is outside the vocabulary of {size}")
 
-    # ------------------------------------------------------------------------------------------------ running requests
+    # -------------------------------------------------------------------------------- running requests
 
     def _finish(self, requests: list[Request], has_news: Any) -> None:
         try:
@@ -297,7 +305,7 @@ class Session:
             self._llm._scheduler.run_alone(sequence.close)
 
 
-# ---------------------------------------------------------------------------------------------------- checks of arguments
+# -------------------------------------------------------------------------------- checks of arguments
 
 
 def _check_device(device: str) -> None:

@@ -1,6 +1,7 @@
 """The one door to the extension `pyllama._C`: a missing build becomes an ImportError that says what to do.
 
-Nothing else imports `_C` at module level, so everything that needs no kernels (`--help`, formats, errors) works without it.
+Nothing else imports `_C` at module level, so everything that needs no kernels (`--help`, formats, errors) works
+without it.
 """
 
 from __future__ import annotations

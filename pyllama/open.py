@@ -51,7 +51,7 @@ class OpenedModel:
         for token in listed:
             if type(token) is not int or not 0 <= token < size:
                 raise ModelFormatError(
-                    f"{self.path / 'generation_config.json'}: eos_token_id {token!r} is no token of the vocabulary of {size}"
+                    f"{self.path / 'generation_config.json'}: eos_token_id {token!r} is not in the vocabulary of {size}"
                 )
         return frozenset(listed) | frozenset(self.config["eos_token_ids"]) | frozenset(self.tokenizer.eos_ids)
 
@@ -64,9 +64,9 @@ class OpenedModel:
 def open_model(path: str | os.PathLike[str], *, mmap: bool = True, format: str | None = None) -> OpenedModel:
     """Opens a model folder, a .gguf file, a Hugging Face folder, or "demo".
 
-    `mmap=False` reads the weights into memory. `format` is what a foreign checkpoint is converted to; by default f16 and
-    bf16 become q8, and what already lies on one of our grids is repacked without loss.
-    Raises FileNotFoundError, ModelFormatError, QuantizeError; ValueError for a bad `format`.
+    `mmap=False` reads the weights into memory. `format` is what a foreign checkpoint is converted to; by default f16
+    and bf16 become q8, and what already lies on one of our grids is repacked without loss. Raises FileNotFoundError,
+    ModelFormatError, QuantizeError; ValueError for a bad `format`.
     """
     return load_folder(locate(path, format=format), mmap=mmap)
 
@@ -90,11 +90,13 @@ def locate(path: str | os.PathLike[str], *, format: str | None = None) -> Path:
 
 def _not_found(name: str) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
-        return f'{name}: no such file or folder; this looks like a name on a hub, but models are opened from local files only'
+        return (
+            f"{name}: no such file or folder; it looks like a hub's name, but models are opened from local files only"
+        )
     return f'{name}: no such file or folder; expected a model folder, a .gguf file, a Hugging Face folder, or "{DEMO}"'
 
 
-# ---------------------------------------------------------------------------------------------------- our own folder
+# -------------------------------------------------------------------------------- our own folder
 
 
 def load_folder(path: Path, *, mmap: bool = True) -> OpenedModel:
@@ -139,7 +141,7 @@ def _native_weights(folder: ModelFolder) -> dict[str, Any]:
     return {name: native_weight(tensor.spec, tensor.payload()) for name, tensor in folder.tensors.items()}
 
 
-# ---------------------------------------------------------------------------------------------------- foreign checkpoints
+# -------------------------------------------------------------------------------- foreign checkpoints
 
 
 def cache_folder() -> Path:
@@ -150,11 +152,11 @@ def cache_folder() -> Path:
 
 def _converted(source: Path, format: str | None) -> Path:
     """The cached conversion of a foreign checkpoint, made now if it is not there."""
-    from quantize import convert
+    from quantize import make_plan, write_plan
     from quantize.readers import open_source
 
-    identity = open_source(source).identity
-    key = json.dumps([identity, VERSION, format], sort_keys=True, default=str)
+    opened = open_source(source)
+    key = json.dumps([opened.identity, VERSION, format], sort_keys=True)
     stem = re.sub(r"[^\w.-]+", "_", source.resolve().name.removesuffix(".gguf"))[:80]
     target = cache_folder() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if is_model_folder(target):
@@ -168,11 +170,18 @@ def _converted(source: Path, format: str | None) -> Path:
         ) from None
     with _locked(target.with_name(target.name + ".lock")):
         if not is_model_folder(target):  # another process may have made it while we waited
-            print(f"converting {source} into {target} (once)", file=sys.stderr, flush=True)
-            convert(source, target, format=format)
-            size = sum(file.stat().st_size for file in target.iterdir())
-            print(f"converted: {size / 1e6:.0f} MB in {target}", file=sys.stderr, flush=True)
+            plan = make_plan(opened, format=format)
+            message = f"converting {source} once, {plan.payload_bytes / 1e6:.0f} MB of {plan.format}, into {target}"
+            print(message, file=sys.stderr, flush=True)
+            # what lies there without being a model folder is the rest of something that broke
+            write_plan(plan, target, overwrite=True, progress=_show_progress if sys.stderr.isatty() else None)
     return target
+
+
+def _show_progress(progress: Any) -> None:
+    print(f"\r{100 * progress.done // progress.total:3d} %", end="", file=sys.stderr, flush=True)
+    if progress.done == progress.total:
+        print("\r     \r", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

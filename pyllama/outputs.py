@@ -76,11 +76,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished reply. `token_ids` has every token that was sampled, including one that ended the reply and has no text."""
+    """A finished reply. `token_ids` has every sampled token, also the one that ended the reply and has no text."""
 
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason  # "stop": the model's end, a stop string or token; "length": max_tokens or the context's end
+    finish_reason: (
+        FinishReason  # "stop": the model's end, a stop string or token; "length": max_tokens or the context's end
+    )
     usage: Usage
     timings: Timings
     seed: int

@@ -16,7 +16,8 @@ from .scheduler import Request
 class StopMatcher:
     """Finds the first stop string in a growing text, and holds back what could be the beginning of one.
 
-    The result depends on the text alone, not on how it is cut into pushes, except that a text is searched as far as it is known.
+    The result depends on the text alone, not on how it is cut into pushes, except that a text is searched as far as
+    it is known.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:

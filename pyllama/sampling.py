@@ -1,7 +1,8 @@
 """How a reply is sampled: `SamplingParams`, validated when made, and where its defaults come from.
 
-A field left at None means "the model's own choice": the value in generation_config.json if there is one, else the neutral
-value of `_NEUTRAL`. `resolve` settles that. What the fields do to the logits is in csrc/model/sampler.cpp, not here.
+A field left at None means "the model's own choice": the value in generation_config.json if there is one, else the
+neutral value of `_NEUTRAL`. `resolve` settles that. What the fields do to the logits is in csrc/model/sampler.cpp,
+not here.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ _NEUTRAL: dict[str, float | int] = {
 _FROM_MODEL = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # Parts of the public contract that this version does not have; asking for one says so.
 _LATER = frozenset(
-    "typical_p top_n_sigma dry_multiplier dry_base dry_allowed_length xtc_probability xtc_threshold banned_strings n "
-    "grammar json_schema regex".split()
+    [
+        *("typical_p", "top_n_sigma", "dry_multiplier", "dry_base", "dry_allowed_length", "xtc_probability"),
+        *("xtc_threshold", "banned_strings", "n", "grammar", "json_schema", "regex"),
+    ]
 )
 
 MAX_SEED = 2**64 - 1
@@ -167,9 +170,10 @@ class SamplingParams:
     def resolve(self, generation_config: Mapping[str, Any] | None = None) -> SamplingParams:
         """Fills what was left at None: the model's defaults, then neutral values, then a random seed.
 
-        `do_sample: false` in the model's file means temperature 0. Raises ModelFormatError for an impossible value there.
+        `do_sample: false` in the model's file means temperature 0. Raises ModelFormatError for an impossible value
+        there.
         """
-        changes = {
+        changes: dict[str, Any] = {
             name: model_defaults(generation_config).get(name, neutral)
             for name, neutral in _NEUTRAL.items()
             if getattr(self, name) is None

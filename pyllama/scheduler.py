@@ -1,9 +1,9 @@
 """Runs requests as sequences of the model: who goes into which step, and which thread makes it.
 
 There is no thread of our own. Threads that wait for tokens take turns as the *driver*: the driver makes one step for
-everybody's requests, then wakes the others. New requests join at the next step (their prompts in chunks that share a step
-with the decoding ones), finished ones leave. Results never depend on neighbours: the engine promises the same bits for
-any batch and chunking, and random numbers are keyed by (seed, position).
+everybody's requests, then wakes the others. New requests join at the next step (their prompts in chunks that share a
+step with the decoding ones), finished ones leave. Results never depend on neighbours: the engine promises the same
+bits for any batch and chunking, and random numbers are keyed by (seed, position).
 
 Ctrl-C may strike between any two lines, so every change of shared state is a single atomic operation (append, remove,
 one assignment), and what the engine did in an interrupted step is undone by truncating to what was recorded.
@@ -32,8 +32,9 @@ _RECHECK_S = 0.1  # a waiting thread looks again after this, should a wake-up ha
 class Request:
     """One text on its way through the model. The driver writes `n_fed` and `results`; the owner reads them.
 
-    `prompt`: int32 [n], n >= 1. `limit`: tokens to sample at most. With `sampler` None, every chunk's logits are recorded
-    instead. `sequence` hands in a cache to go on with: what it has in common with the prompt is not computed again.
+    `prompt`: int32 [n], n >= 1. `limit`: tokens to sample at most. With `sampler` None, every chunk's logits are
+    recorded instead. `sequence` hands in a cache to go on with: what it has in common with the prompt is not computed
+    again.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class Scheduler:
 
         self.run_alone(shut)
 
-    # ------------------------------------------------------------------------------------------------ whose turn it is
+    # -------------------------------------------------------------------------------- whose turn it is
 
     def _drive(self, action: Callable[[], None]) -> bool:
         """Calls `action` as the driver and returns True, or returns False because there is another driver."""
@@ -220,7 +221,7 @@ class Scheduler:
             except IndexError:  # another thread took the last one
                 return
 
-    # ------------------------------------------------------------------------------------------------ the driver's work
+    # -------------------------------------------------------------------------------- the driver's work
 
     def _purge(self) -> None:
         self._leftovers = False
@@ -251,7 +252,7 @@ class Scheduler:
         return [r for r in chosen if r.wants_step]
 
     def _plan(self) -> tuple[list[Request], list[tuple[Any, Any, Any, str]]]:
-        """Lays out the next step: a token of every decoding request first, then chunks of prompts in order of arrival."""
+        """Lays out the next step: a token of every decoding request, then chunks of prompts in order of arrival."""
         chosen = self._choose()
         room = self._max_batch_tok
         members: list[Request] = []

@@ -104,7 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = sampling_options(arguments)
     with open_llm(arguments) as llm:
-        llm.render_chat([{"role": "user", "content": "?"}])  # a model that cannot chat says so before the first question
+        llm.render_chat(
+            [{"role": "user", "content": "?"}]
+        )  # a model that cannot chat says so before the first question
         conversation = Conversation(llm, arguments.system, options)
         if arguments.prompt is not None:
             return _ask_once(conversation, arguments.prompt)

@@ -1,4 +1,4 @@
-"""Options that several commands share: the model, how it is opened, how it samples; and the way from them to an `LLM`."""
+"""Options that several commands share: the model, how it is opened, how it samples; and the way to an `LLM`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Screen:
-    """Plain lines: a question per line on stdin (a backslash at its end goes on), replies on stdout, notes on stderr."""
+    """Plain lines: a question per line on stdin (a backslash at its end goes on), replies on stdout."""
 
     def read(self) -> str | None:
         """The next question, or None at the end of the input."""

@@ -1,0 +1,234 @@
+"""`pyllama bench`: tokens per second in prompts and in decoding, of a model or of a random one of known shape.
+
+Tests and JSON fields are llama-bench's, so that results stand side by side. Beside tokens per second stands the share
+of what the machine can do, measured in the same run: of its read bandwidth when decoding, of its int8 peak in a
+prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .options import positive
+
+_PROBE_S = 0.4  # seconds of each measurement of the machine
+_N_CTX = 8192
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench", help="measure tokens per second", description="Measure tokens per second. Lists are comma-separated."
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help='folder, .gguf file or "demo" (default)')
+    parser.add_argument(
+        "-p", "--n-prompt", type=counts, default=[512], metavar="N", help="prompt tokens; 0 for no test"
+    )
+    parser.add_argument(
+        "-n", "--n-gen", type=counts, default=[128], metavar="N", help="tokens to decode; 0 for no test"
+    )
+    parser.add_argument("-d", "--n-depth", type=counts, default=[0], metavar="N", help="tokens in the cache before")
+    parser.add_argument("-r", "--repetitions", type=positive, default=5, metavar="N")
+    parser.add_argument(
+        "-t", "--threads", type=counts, default=[0], metavar="N", help="0: one per physical core allowed"
+    )
+    parser.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="prompt tokens per step")
+    parser.add_argument("--parallel", type=positive, default=1, metavar="N", help="decode N sequences at once")
+    parser.add_argument("--synthetic", metavar="SHAPE", help="a random model: 135m, 1b, 7b or 8b")
+    parser.add_argument("--format", metavar="FORMAT", help="with --synthetic: the weights' format (default q4)")
+    parser.add_argument("--group-size", type=int, metavar="N", help="with --synthetic: 32 (default), 64 or 128")
+    parser.add_argument("-o", "--output", choices=("md", "json"), default="md")
+    parser.set_defaults(run=run)
+
+
+def counts(text: str) -> list[int]:
+    """Comma-separated integers, 0 or more."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return values
+
+
+@dataclass(frozen=True)
+class Test:
+    """One row: a prompt of `n_prompt` tokens or the decoding of `n_gen`, after `n_depth` tokens."""
+
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+
+    @property
+    def name(self) -> str:
+        """llama-bench's name of it."""
+        work = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{work} @ d{self.n_depth}" if self.n_depth else work
+
+
+def run(arguments: argparse.Namespace) -> int:
+    tests = [Test(n, 0, d) for d in arguments.n_depth for n in arguments.n_prompt if n]
+    tests += [Test(0, n, d) for d in arguments.n_depth for n in arguments.n_gen if n]
+    if not tests:
+        raise ValueError("nothing to measure: both -p and -n are 0")
+    opened, label = _open(arguments)
+    records = []
+    for threads in arguments.threads:
+        bench = Bench(opened, label, threads, arguments.batch_size, arguments.parallel)
+        for test in tests:
+            print(f"{test.name}: {arguments.repetitions} runs …", file=sys.stderr, flush=True)
+            records.append(bench.measure(test, arguments.repetitions))
+    print(json.dumps(records, indent=2) if arguments.output == "json" else markdown(records))
+    return 0
+
+
+def _open(arguments: argparse.Namespace) -> tuple[Any, str]:
+    from ..open import open_model
+    from ..synthetic import synthetic_model
+
+    if arguments.synthetic is None:
+        if arguments.format or arguments.group_size:
+            raise ValueError("--format and --group-size go with --synthetic; a model file has its own")
+        opened = open_model(arguments.model or "demo")
+        return opened, str(opened.config.get("source", {}).get("name") or opened.path.name)
+    if arguments.model is not None:
+        raise ValueError("name a MODEL or give --synthetic, not both")
+    format, group = arguments.format or "q4", arguments.group_size or 32
+    if group not in (32, 64, 128):
+        raise ValueError(f"--group-size {group}: expected 32, 64 or 128")
+    print(f"making a random {arguments.synthetic} model in {format} …", file=sys.stderr, flush=True)
+    opened = synthetic_model(arguments.synthetic, format, group, max_seq_len=_N_CTX)
+    return opened, f"{arguments.synthetic} {format} g{group}"
+
+
+class Bench:
+    """A model and a number of threads, ready to run tests."""
+
+    def __init__(self, opened: Any, label: str, threads: int, n_batch: int, parallel: int) -> None:
+        from ..native import load_native
+
+        self._native = load_native()
+        self._config = opened.config
+        self._weights = opened.weights
+        self._label = label
+        self._parallel = parallel
+        self._n_ctx = int(opened.config["max_seq_len"])
+        config = opened.native_config(self._n_ctx)
+        self._model = self._native.Model(config, opened.weights, threads=threads, max_batch_tok=max(n_batch, parallel))
+        self._n_batch = n_batch
+        self._sampler = self._native.Sampler(temperature=0.0)
+        self._bandwidth = self._probe("read_bandwidth") * 1e9
+        self._peak = self._probe("int8_peak", self._model.isa) * 1e9
+
+    def _probe(self, name: str, *arguments: Any) -> float:
+        """What the machine reaches at best, 0 where this build cannot measure it."""
+        probe = getattr(self._native, name, None)
+        return float(probe(self._model.threads, _PROBE_S, *arguments)) if probe else 0.0
+
+    def measure(self, test: Test, repetitions: int) -> dict[str, Any]:
+        """One record, after one run to warm up. Raises ValueError when the test does not fit in the context."""
+        n_tok = test.n_depth + max(test.n_prompt, test.n_gen)
+        if n_tok > self._n_ctx:
+            raise ValueError(f"{test.name} needs a context of {n_tok} tokens, the model has {self._n_ctx}")
+        samples = [self._once(test) for _ in range(repetitions + 1)][1:]
+        mean = statistics.fmean(samples)
+        record = {
+            "model": self._label,
+            "backend": "CPU",
+            "isa": self._model.isa,
+            "n_threads": self._model.threads,
+            "n_batch": self._n_batch,
+            "n_parallel": self._parallel,
+            "n_prompt": test.n_prompt,
+            "n_gen": test.n_gen,
+            "n_depth": test.n_depth,
+            "test": test.name,
+            "avg_ts": mean,
+            "stddev_ts": statistics.stdev(samples) if len(samples) > 1 else 0.0,
+            "samples_ts": samples,
+            "model_size": sum(weight.nbytes for weight in self._weights.values()),
+            "model_n_params": sum(_count(weight.shape) for weight in self._weights.values()),
+        }
+        return record | self._shares(test, mean)
+
+    def _once(self, test: Test) -> float:
+        """Tokens per second of one run."""
+        sequences = [self._model.sequence() for _ in range(self._parallel if test.n_gen else 1)]
+        try:
+            for sequence in sequences:
+                self._feed(sequence, test.n_depth, sample=False)
+            start = time.perf_counter()
+            if test.n_prompt:
+                self._feed(sequences[0], test.n_prompt, sample=True)
+                return test.n_prompt / (time.perf_counter() - start)
+            tokens = [1 + i for i in range(len(sequences))]
+            for _ in range(test.n_gen):
+                items = [(s, [token], self._sampler, "none") for s, token in zip(sequences, tokens, strict=True)]
+                tokens = [result.token for result in self._model.step(items)]
+            return test.n_gen * len(sequences) / (time.perf_counter() - start)
+        finally:
+            for sequence in sequences:
+                sequence.close()
+
+    def _feed(self, sequence: Any, n_tok: int, *, sample: bool) -> None:
+        vocab_size = self._config["vocab_size"]
+        for start in range(0, n_tok, self._n_batch):
+            end = min(start + self._n_batch, n_tok)
+            tokens = [(7919 * i + 1) % vocab_size for i in range(start, end)]
+            sampler = self._sampler if sample and end == n_tok else None
+            self._model.step([(sequence, tokens, sampler, "none")])
+
+    def _shares(self, test: Test, tok_per_s: float) -> dict[str, float]:
+        """How much of the machine's best the test reached, by the bytes and operations that it cannot do without."""
+        if test.n_gen and self._bandwidth:
+            steps_per_s = tok_per_s / self._parallel
+            cache = self._parallel * self._cache_bytes(test.n_depth + test.n_gen / 2)
+            return {"bandwidth_share": steps_per_s * (self._step_bytes() + cache) / self._bandwidth}
+        if test.n_prompt and self._peak:
+            return {"peak_share": tok_per_s * self._ops_per_tok() / self._peak}
+        return {}
+
+    def _step_bytes(self) -> int:
+        """Bytes of weights that one step reads: all matrices, but of embeddings only when they are the head too."""
+        skipped = () if self._config["tied_embeddings"] else ("tok_embeddings",)
+        return sum(weight.nbytes for name, weight in self._weights.items() if name not in skipped)
+
+    def _cache_bytes(self, n_tok: float) -> float:
+        config = self._config
+        entries = 2 * int(config["n_layers"]) * int(config["n_kv_heads"]) * int(config["head_dim"])  # keys and values
+        return 2 * entries * n_tok  # f16
+
+    def _ops_per_tok(self) -> int:
+        """Multiplications and additions in the layers' matrices; the head runs once per prompt and is left out."""
+        matrices = [w for name, w in self._weights.items() if name.startswith("layers.") and len(w.shape) == 2]
+        return 2 * sum(_count(weight.shape) for weight in matrices)
+
+
+def _count(shape: Sequence[int]) -> int:
+    n = 1
+    for side in shape:
+        n *= side
+    return n
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """The records as a table."""
+    lines = [
+        "| model | size | params | threads | isa | test | tok/s | share of the machine |",
+        "|---|---:|---:|---:|---|---|---:|---|",
+    ]
+    for r in records:
+        share = "–"
+        if "bandwidth_share" in r:
+            share = f"{100 * r['bandwidth_share']:.0f} % of read bandwidth"
+        elif "peak_share" in r:
+            share = f"{100 * r['peak_share']:.0f} % of int8 peak"
+        speed = f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"
+        size, params = f"{r['model_size'] / 2**20:.1f} MiB", f"{r['model_n_params'] / 1e6:.1f} M"
+        cells = [r["model"], size, params, r["n_threads"], r["isa"], r["test"], speed, share]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""What this installation can do on this machine, what is missing, and why. Printing is cli/doctor.py's work."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from .common.errors import PyllamaError
+from .demo import demo_source
+from .native import load_native
+
+_PROBE_S = 0.5
+# package → what it is needed for, and whether everything else works without it
+_PACKAGES: dict[str, tuple[str, bool]] = {
+    "numpy": ("arrays", False),
+    "jinja2": ("chat templates", False),
+    "tokenizers": ("models with tokenizer.json", False),
+    "sentencepiece": ("models with tokenizer.model", True),
+    "rich": ("a coloured chat", True),
+    "prompt_toolkit": ("line editing and history in the chat", True),
+    "tqdm": ("progress bars of quantize", True),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. "bad" means that pyllama does not work here, "missing" that a part of it does not."""
+
+    name: str
+    state: Literal["ok", "missing", "bad"]
+    text: str
+
+
+def examine() -> list[Finding]:
+    """Looks at everything, in the order of the report. Takes about a second for measuring the memory."""
+    findings = [
+        Finding("python", "ok", f"{platform.python_version()} at {sys.executable}"),
+        Finding("machine", "ok", f"{platform.system()} {platform.machine()}, {_cpu_name()}"),
+    ]
+    findings += _engine()
+    findings += [_package(name) for name in _PACKAGES]
+    findings.append(_demo())
+    findings.append(Finding("cuda", "missing", "this build has no CUDA backend; everything runs on the CPU"))
+    return findings
+
+
+def _engine() -> list[Finding]:
+    try:
+        native = load_native()
+    except ImportError as error:
+        return [Finding("engine", "bad", str(error))]
+    info = native.build_info()
+    described = ", ".join(f"{key} {value}" for key, value in sorted(info.items()))
+    runs = native.isas()
+    lacks = [isa for isa in native.all_isas() if isa not in runs]
+    findings = [Finding("engine", "ok", described), _isa(runs, lacks)]
+    threads = native.default_threads()
+    findings.append(Finding("threads", "ok", _threads(threads)))
+    bandwidth = native.read_bandwidth(threads, _PROBE_S)
+    findings.append(Finding("bandwidth", "ok", f"{bandwidth:.1f} GB/s read with {threads} threads, measured now"))
+    return findings
+
+
+def _isa(runs: list[str], lacks: list[str]) -> Finding:
+    wish = os.environ.get("PYLLAMA_ISA", "")
+    if wish and wish not in runs:
+        why = "this machine cannot run it" if wish in lacks else "no such kernels in this build"
+        return Finding("kernels", "bad", f"PYLLAMA_ISA={wish}: {why}; expected one of {' '.join(runs)}")
+    text = f"{wish or runs[0]}{' (PYLLAMA_ISA)' if wish else ''}; this machine runs {' '.join(runs)}"
+    return Finding("kernels", "ok", text + (f"; it cannot run {' '.join(lacks)}" if lacks else ""))
+
+
+def _threads(threads: int) -> str:
+    text = f"{threads}: one per physical core that affinity and cgroup allow"
+    if hasattr(os, "sched_getaffinity"):
+        text += f" (affinity: {len(os.sched_getaffinity(0))} of {os.cpu_count()} processors)"
+    return text
+
+
+def _package(name: str) -> Finding:
+    purpose, optional = _PACKAGES[name]
+    if importlib.util.find_spec(name) is None:
+        return Finding(
+            name, "missing" if optional else "bad", f"not installed; needed for {purpose}: pip install {name}"
+        )
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = "version unknown"
+    return Finding(name, "ok", f"{version} ({purpose})")
+
+
+def _demo() -> Finding:
+    try:
+        return Finding("demo", "ok", demo_source().name)
+    except PyllamaError as error:
+        return Finding("demo", "missing", str(error))
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith(("model name", "Model")):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "processor unknown"
