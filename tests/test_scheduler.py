@@ -1,0 +1,349 @@
+"""The scheduler against an engine of a few lines whose next token is a function of all tokens before: every way of
+sharing steps must give what that function gives, and Ctrl-C at any place must neither lose nor repeat a token.
+Texts and stop strings: test_llm.py, on the real engine.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyllama.common.errors import PyllamaError
+from pyllama.scheduler import Request, Scheduler, common_prefix
+
+VOCAB = 97
+
+
+def next_token(tokens: list[int]) -> int:
+    """What the fake model writes after these tokens."""
+    state = 17
+    for token in tokens:
+        state = (31 * state + token + 7) % 10007
+    return state % VOCAB
+
+
+def continuation(prompt: list[int], n: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeSequence:
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.prompt_len = 0
+        self.closed = False
+
+    @property
+    def n_past(self) -> int:
+        return len(self.tokens)
+
+    def truncate(self, n: int) -> None:
+        assert 0 <= n <= len(self.tokens) and not self.closed
+        del self.tokens[n:]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeModel:
+    """Counts steps; `trouble(n)` is called before the n-th step, `after(n)` when its effects are there but not returned."""
+
+    def __init__(self, max_batch_tok: int = 8) -> None:
+        self.max_batch_tok = max_batch_tok
+        self.batches: list[list[tuple[int, str]]] = []
+        self.sequences: list[FakeSequence] = []
+        self.trouble: Callable[[int], None] = lambda n: None
+        self.after: Callable[[int], None] = lambda n: None
+        self._busy = threading.Lock()
+
+    def sequence(self) -> FakeSequence:
+        self.sequences.append(FakeSequence())
+        return self.sequences[-1]
+
+    def step(self, items: list[Any]) -> list[Any]:
+        assert self._busy.acquire(blocking=False), "two steps at once"
+        try:
+            n = len(self.batches)
+            self.trouble(n)
+            self.batches.append([(len(tokens), wanted) for _, tokens, _, wanted in items])
+            assert 0 < sum(n_tok for n_tok, _ in self.batches[-1]) <= self.max_batch_tok
+            assert len({id(sequence) for sequence, *_ in items}) == len(items)
+            results = [self._run(*item) for item in items]
+            self.after(n)
+            return results
+        finally:
+            self._busy.release()
+
+    @staticmethod
+    def _run(sequence: FakeSequence, tokens: Any, sampler: Any, wanted: str) -> Any:
+        assert len(tokens) and not sequence.closed
+        rows = []
+        for token in tokens:
+            sequence.tokens.append(int(token))
+            rows.append(np.full(4, next_token(sequence.tokens), np.float32))
+        token = next_token(sequence.tokens) if sampler is not None else -1
+        return SimpleNamespace(token=token, logits=np.stack(rows) if wanted == "all" else None)
+
+
+def request(prompt: list[int], limit: int = 5, **options: Any) -> Request:
+    return Request(np.array(prompt, np.int32), sampler=options.pop("sampler", object()), limit=limit, **options)
+
+
+def tokens_of(request: Request) -> list[int]:
+    return [result.token for result in request.results]
+
+
+def finish(scheduler: Scheduler, requests: list[Request]) -> None:
+    try:
+        scheduler.submit(requests)
+        scheduler.advance(lambda: not any(r.wants_step for r in requests))
+    finally:
+        scheduler.release(requests)
+
+
+PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)
+
+
+@given(st.lists(st.tuples(PROMPTS, st.integers(1, 12)), min_size=1, max_size=9), st.integers(1, 12), st.integers(1, 9))
+def test_neighbours_and_chunks_change_nothing(
+    work: list[tuple[list[int], int]], max_batch_tok: int, max_sequences: int
+) -> None:
+    model = FakeModel(max_batch_tok)
+    requests = [request(prompt, limit) for prompt, limit in work]
+    finish(Scheduler(model, max_sequences), requests)
+    for made, (prompt, limit) in zip(requests, work, strict=True):
+        assert tokens_of(made) == continuation(prompt, limit)
+    assert all(sequence.closed for sequence in model.sequences)
+    assert max(len(batch) for batch in model.batches) <= max_sequences
+
+
+def test_prompts_share_steps_with_decoding() -> None:
+    model = FakeModel(max_batch_tok=8)
+    requests = [request([1, 2], 6), request(list(range(20)), 2)]
+    finish(Scheduler(model), requests)
+    sizes = [[n for n, _ in batch] for batch in model.batches]
+    assert sizes == [[2, 6], [1, 7], [1, 7], [1, 1], [1], [1]]
+
+
+def test_an_end_token_stops_and_is_recorded() -> None:
+    prompt = [5, 6]
+    expected = continuation(prompt, 20)
+    made = request(prompt, 20, end_ids={expected[3]})
+    finish(Scheduler(FakeModel()), [made])
+    assert tokens_of(made) == expected[: expected.index(expected[3]) + 1]
+
+
+def test_logits_come_for_every_row() -> None:
+    prompt = list(range(90))
+    made = request(prompt, sampler=None)
+    other = request([3], 40)
+    finish(Scheduler(FakeModel(max_batch_tok=512)), [made, other])
+    rows = np.concatenate([result.logits for result in made.results])
+    assert rows[:, 0].tolist() == [next_token(prompt[: i + 1]) for i in range(90)]
+    assert tokens_of(other) == continuation([3], 40)
+
+
+def test_a_kept_sequence_computes_only_what_is_new() -> None:
+    model = FakeModel(max_batch_tok=64)
+    scheduler = Scheduler(model)
+    sequence = model.sequence()
+    first = request([1, 2, 3, 4], 3, sequence=sequence)
+    finish(scheduler, [first])
+    assert not sequence.closed
+    text = [1, 2, 3, 4, *tokens_of(first)[:2], 50, 51]
+    second = request(text, 3, sequence=sequence)
+    finish(scheduler, [second])
+    assert tokens_of(second) == continuation(text, 3)
+    assert second.n_reused == 6
+    again = request(text, 1, sequence=sequence)  # all of it is in the cache, yet one token must be fed
+    finish(scheduler, [again])
+    assert again.n_reused == len(text) - 1 and tokens_of(again) == continuation(text, 1)
+    other = request([9, 9], 2, sequence=sequence)
+    finish(scheduler, [other])
+    assert other.n_reused == 0 and tokens_of(other) == continuation([9, 9], 2)
+
+
+@given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
+def test_common_prefix(a: list[int], b: list[int]) -> None:
+    n = common_prefix(a, np.array(b, np.int32))
+    assert a[:n] == b[:n] and (n == min(len(a), len(b)) or a[n] != b[n])
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the step", "after its effects"])
+@pytest.mark.parametrize("n", range(8))
+def test_an_interrupt_loses_and_repeats_nothing(n: int, late: bool) -> None:
+    """The interrupted caller's own requests end; another caller's go on as if nothing had been."""
+
+    def interrupt(at: int) -> None:
+        if at == n and not fired:
+            fired.append(at)
+            raise KeyboardInterrupt
+
+    fired: list[int] = []
+    model = FakeModel(max_batch_tok=4)
+    setattr(model, "after" if late else "trouble", interrupt)
+    scheduler = Scheduler(model)
+    other = request(list(range(10)), 9)
+    scheduler.submit([other])
+    with pytest.raises(KeyboardInterrupt):
+        finish(scheduler, [request([1, 2, 3], 30)])
+    assert fired
+    scheduler.advance(lambda: not other.wants_step)
+    scheduler.release([other])
+    assert tokens_of(other) == continuation(list(range(10)), 9)
+    assert all(sequence.closed for sequence in model.sequences)
+
+
+@pytest.mark.parametrize("n", range(60))
+def test_an_interrupt_between_any_two_settled_requests(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the n-th line executed inside Request.settle, of four requests that belong to another caller."""
+    model = FakeModel(max_batch_tok=16)
+    scheduler = Scheduler(model)
+    others = [request([i, i + 1], 5) for i in range(4)] + [request([8, 9, 10], sampler=None)]
+    mine = request([1], 30)
+    scheduler.submit(others)
+    with pytest.raises(KeyboardInterrupt), interrupted_after(n):
+        finish(scheduler, [mine])
+    scheduler.advance(lambda: not any(r.wants_step for r in others))
+    scheduler.release(others)
+    for other in others[:4]:
+        assert tokens_of(other) == continuation(other.prompt.tolist(), 5)
+    assert sum(len(result.logits) for result in others[4].results) == 3
+
+
+class interrupted_after:  # noqa: N801  # reads as a word
+    """Raises KeyboardInterrupt once, at the n-th line executed in Request.settle or check_done."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __enter__(self) -> None:
+        import sys
+
+        sys.settrace(self.trace)
+
+    def __exit__(self, *error: object) -> None:
+        import sys
+
+        sys.settrace(None)
+
+    def trace(self, frame: Any, event: str, argument: object) -> Any:
+        if frame.f_code.co_name not in ("settle", "check_done"):
+            return self.trace if frame.f_code.co_name in ("_step", "_take_turn") else None
+        if event == "line":
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def test_a_failing_step_fails_its_requests_and_no_later_one() -> None:
+    def fail(n: int) -> None:
+        if n == 2:
+            raise ValueError("boom")
+
+    model = FakeModel()
+    model.trouble = fail
+    scheduler = Scheduler(model)
+    broken = request([1], 9)
+    finish(scheduler, [broken])
+    assert isinstance(broken.error, ValueError)
+    model.trouble = lambda n: None
+    fine = request([1], 9)
+    finish(scheduler, [fine])
+    assert tokens_of(fine) == continuation([1], 9)
+    assert all(sequence.closed for sequence in model.sequences)
+
+
+def test_closing_fails_what_runs_and_refuses_what_comes() -> None:
+    model = FakeModel()
+    scheduler = Scheduler(model)
+    running = request([1], 1000)
+    scheduler.submit([running])
+    scheduler.advance(lambda: len(running.results) >= 3)
+    scheduler.close()
+    assert isinstance(running.error, PyllamaError)
+    assert all(sequence.closed for sequence in model.sequences)
+    with pytest.raises(ValueError, match="closed"):
+        scheduler.submit([request([1])])
+
+
+def test_many_threads_share_one_scheduler() -> None:
+    model = FakeModel(max_batch_tok=16)
+    scheduler = Scheduler(model, max_sequences=5)
+    wrong: list[object] = []
+    start = threading.Barrier(12)
+
+    def work(i: int) -> None:
+        start.wait()
+        for round_ in range(6):
+            made = request([i, round_, i], 4 + i)
+            if round_ % 3 == 2:  # one that leaves in the middle
+                scheduler.submit([made])
+                scheduler.advance(lambda made=made: len(made.results) >= 2)  # type: ignore[misc]
+                scheduler.release([made])
+                expected = continuation([i, round_, i], 4 + i)[: len(made.results)]
+            else:
+                finish(scheduler, [made])
+                expected = continuation([i, round_, i], 4 + i)
+            if tokens_of(made)[: len(expected)] != expected:
+                wrong.append((i, round_, tokens_of(made), expected))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    assert not wrong
+    assert all(sequence.closed for sequence in model.sequences)
+    assert max(len(batch) for batch in model.batches) > 1, "nobody shared a step"
+
+
+def test_a_waiting_thread_gets_its_tokens_while_another_drives() -> None:
+    """A stream must not wait for its neighbour's end: the driver hands over after every step."""
+    model = FakeModel(max_batch_tok=16)
+    scheduler = Scheduler(model)
+    release_driver = threading.Event()
+    progressed = threading.Event()
+
+    def hold(n: int) -> None:
+        if n == 50:  # the driver's 50th step waits until the other thread has seen a token
+            assert progressed.wait(20)
+            release_driver.set()
+
+    model.trouble = hold
+    long, short = request([1], 200), request([2], 20)
+    scheduler.submit([short])
+
+    def consume() -> None:
+        scheduler.advance(lambda: bool(short.results))
+        progressed.set()
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    finish(scheduler, [long])
+    thread.join(20)
+    scheduler.release([short])
+    assert progressed.is_set() and release_driver.is_set()
+    assert tokens_of(short) == continuation([2], 20) and tokens_of(long) == continuation([1], 200)
+
+
+@pytest.fixture(autouse=True)
+def _quick_switches() -> Iterator[None]:
+    """Threads change places often, so that races have a chance to show."""
+    import sys
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
