@@ -227,7 +227,7 @@ def write_plan(
 ) -> Path:
     """Carries out a plan: reads, converts, writes tensor by tensor. Returns the folder; raises as `convert` does."""
     files = plan.source.tokenizer_files()  # before the long part, as it may fail
-    if plan.source.generation_config:
+    if plan.source.generation_config and GENERATION_FILE not in files:
         files[GENERATION_FILE] = (json.dumps(plan.source.generation_config, indent=2) + "\n").encode()
     done, total = 0, plan.n_weights
     with FolderWriter(out, [item.spec for item in plan.tensors], overwrite=overwrite) as writer:
