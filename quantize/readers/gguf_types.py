@@ -36,9 +36,9 @@ def _nibbles(packed: Array) -> NDArray[np.uint8]:
 def _times(scales: Array, codes: Array) -> NDArray[np.float32]:
     """float32 scales [n, groups] times float32 codes [n, K], group by group, in place of the codes."""
     n, groups = scales.shape
-    values: NDArray[np.float32] = codes.reshape(n, groups, -1)
+    values: NDArray[np.float32] = codes.reshape(n, groups, codes.shape[1] // groups)
     values *= scales[:, :, None]
-    return values.reshape(n, -1)
+    return values.reshape(codes.shape)
 
 
 def _repack_q4_0(rows: Array) -> Packed:
@@ -63,17 +63,17 @@ def _decode_q4_1(rows: Array) -> NDArray[np.float32]:
     n, groups = blocks.shape
     values = _times(blocks["d"].astype(np.float32), _nibbles(blocks["codes"]).astype(np.float32)).reshape(n, groups, 32)
     values += blocks["m"].astype(np.float32)[:, :, None]
-    return values.reshape(n, -1)
+    return values.reshape(n, groups * 32)
 
 
 def _repack_q8_0(rows: Array) -> Packed:
     blocks = rows.view(Q8_0)
-    return Packed(blocks["codes"].reshape(blocks.shape[0], -1), blocks["d"].copy())
+    return Packed(blocks["codes"].reshape(len(blocks), blocks.shape[1] * 32), blocks["d"].copy())
 
 
 def _decode_q8_0(rows: Array) -> NDArray[np.float32]:
     blocks = rows.view(Q8_0)
-    codes = blocks["codes"].astype(np.float32).reshape(blocks.shape[0], -1)
+    codes = blocks["codes"].astype(np.float32).reshape(len(blocks), blocks.shape[1] * 32)
     return _times(blocks["d"].astype(np.float32), codes)
 
 
@@ -89,7 +89,7 @@ def _decode_q6_k(rows: Array) -> NDArray[np.float32]:
     values = codes.astype(np.float32)
     values -= 32
     scales = blocks["d"].astype(np.float32)[:, :, None] * blocks["scales"].astype(np.float32)  # 16 weights share one
-    return _times(scales.reshape(n, -1), values.reshape(n, -1))
+    return _times(scales.reshape(n, count * 16), values.reshape(n, count * 256))
 
 
 GGUF_TYPES: dict[int, StoredType] = {
