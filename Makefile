@@ -7,7 +7,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 PY = $(abspath $(VENV))/bin/python
 BIN = $(abspath $(VENV))/bin
-PIP = $(PY) -m pip --disable-pip-version-check --quiet
+PIP = $(PY) -m pip --disable-pip-version-check -qq
 BUILD_TOOLS = "setuptools>=77" "pybind11>=3.0" "cmake>=3.18" "ninja>=1.10"
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 DEMO_MODEL = demo-model
@@ -52,6 +52,7 @@ demo:  ## from nothing to an answer: set up, quantize the demo model, ask it, ch
 test: dev  ## the suite that needs no torch
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+# A torch that is already there in this version (a CPU build, say) is kept; the index's own wheel brings gigabytes of CUDA.
 $(VENV)/.pyllama-oracles: pyproject.toml $(VENV)/.pyllama-dev
 	PYLLAMA_BUILD_DIR=build/dev PYLLAMA_WERROR=1 $(PIP) install --no-build-isolation -e '.[oracles]'
 	@touch $@

@@ -17,8 +17,8 @@ if [ -e "$venv/.pyllama-dev" ]; then
 elif [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py CMakeLists.txt csrc pyllama quantize -newer "$stamp" -type f -not -name '*.so' -not -name '*.pyc' -print -quit)" ]; then
   say "setting up $venv (compiles the kernels: a minute or two)"
   scripts/make_venv.sh "$venv"
-  "$venv/bin/python" -m pip --disable-pip-version-check --quiet install .
-  "$venv/bin/python" -m pip --disable-pip-version-check --quiet install ${DEMO_PACKAGE:-'.[demo]'}
+  "$venv/bin/python" -m pip --disable-pip-version-check -qq install .
+  "$venv/bin/python" -m pip --disable-pip-version-check -qq install ${DEMO_PACKAGE:-'.[demo]'}
   touch "$stamp"
 fi
 

@@ -8,12 +8,12 @@ venv=$(cd "${VENV:-.venv}" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-"$venv/bin/python" -m pip --disable-pip-version-check --quiet install build
+"$venv/bin/python" -m pip --disable-pip-version-check -qq install build
 "$venv/bin/python" -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { tail -50 "$work/build.log" >&2; exit 1; }
 ls -l "$work/dist"
 scripts/make_venv.sh "$work/venv"
 cd "$work"
-venv/bin/python -m pip --disable-pip-version-check --quiet install dist/*.whl
+venv/bin/python -m pip --disable-pip-version-check -qq install dist/*.whl
 venv/bin/python - "$work" <<'PY'
 import importlib.resources, pathlib, sys
 import pyllama
