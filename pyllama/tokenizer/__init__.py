@@ -27,9 +27,10 @@ class _Backend(Protocol):
 
     def id_of(self, content: str) -> int | None: ...
     def piece_of(self, index: int) -> str: ...
-    def has_control(self, text: str) -> bool: ...
-    def control_tokens(self) -> frozenset[int]: ...
+    def control_tokens(self) -> dict[str, int]: ...
+    def control_spans(self, text: str) -> list[tuple[int, int]]: ...
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]: ...
+    def encode_around(self, text: str, spans: list[tuple[int, int]]) -> list[int]: ...
 
 
 class Tokenizer:
@@ -52,7 +53,9 @@ class Tokenizer:
         self.eos_ids = self._end_ids(special, folder)
         self.bos_token = "" if self.bos_id is None else backend.piece_of(self.bos_id)
         self.eos_token = special.eos or (backend.piece_of(self.eos_ids[0]) if self.eos_ids else "")
-        self.control_ids = backend.control_tokens()
+        control = backend.control_tokens()
+        self.control_ids = frozenset(control.values())
+        self.control_starts = frozenset(content[0] for content in control)
         self._prefix: list[int] = []
         self._suffix: list[int] = []
         if not backend.adds_itself:
@@ -106,9 +109,17 @@ class Tokenizer:
         """The bytes that a token adds to a text. Raises ValueError for an id out of range."""
         return self._table.pieces[self._table.check(token_id)]
 
-    def has_control_text(self, text: str) -> bool:
-        """Whether the text spells a control token, so that `parse_special` would matter."""
-        return self._backend.has_control(text)
+    def control_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the text spells control tokens: [start, end) of each, as `parse_special` would find them."""
+        return self._backend.control_spans(text)
+
+    def encode_around(self, text: str, spans: list[tuple[int, int]]) -> list[int]:
+        """The ids of a text in which exactly these spellings are control tokens; nothing is put around it.
+
+        `spans`: some of `control_spans(text)`, ascending. With all of them this is `encode(text, False, True)`.
+        """
+        check_text(text)
+        return self._backend.encode_around(text, spans)
 
     def _first_id(self, special: SpecialTokens, folder: Path) -> int | None:
         if special.bos is not None:

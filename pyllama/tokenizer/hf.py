@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 
@@ -22,6 +23,7 @@ from .detokenizer import TokenTable
 from .special import MAX_TOKENS, VOCABULARY_LIMIT_BYTES, SpecialTokens, looks_like_control
 
 _BLANK = "▁"
+_FIRST_STANDIN = 0x100000  # the last private-use plane
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -57,6 +59,9 @@ class HfBackend:
         self._control_text = _any_of(self._control)
         self._plain: tokenizers.Tokenizer | None = None
         self._lock = threading.Lock()
+        self._nonce = "".join(chr(_FIRST_STANDIN + secrets.randbelow(0xFFFE)) for _ in range(8))
+        self._standins: dict[str, str] = {}
+        self._standin_ids: dict[int, int] = {}
         explicit = special.add_bos is not None or special.add_eos is not None
         self.adds_itself = not explicit
         self.default_add_bos = self.default_add_eos = False
@@ -76,29 +81,51 @@ class HfBackend:
     def piece_of(self, index: int) -> str:
         return self._tokenizer.id_to_token(index) or ""
 
-    def has_control(self, text: str) -> bool:
-        """Whether parsing special tokens could make a difference for this text."""
-        return self._always_plain or (self._control_text is not None and self._control_text.search(text) is not None)
+    def control_tokens(self) -> dict[str, int]:
+        return {content: self._vocab[content] for content in self._control}
 
-    def control_tokens(self) -> frozenset[int]:
-        return frozenset(self._vocab[content] for content in self._control)
+    def control_spans(self, text: str) -> list[tuple[int, int]]:
+        return [m.span() for m in self._control_text.finditer(text)] if self._control_text else []
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        tokenizer = self._tokenizer if parse_special or not self.has_control(text) else self._plain_tokenizer()
+        needs_plain = self._always_plain or (
+            self._control_text is not None and self._control_text.search(text) is not None
+        )
+        tokenizer = self._plain_tokenizer() if needs_plain and not parse_special else self._tokenizer
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special and self.adds_itself).ids
         return ids
 
+    def encode_around(self, text: str, spans: list[tuple[int, int]]) -> list[int]:
+        tokenizer = self._plain_tokenizer()
+        parts, position = [], 0
+        for start, end in spans:
+            parts += [text[position:start], self._standins[text[start:end]]]
+            position = end
+        ids = tokenizer.encode("".join([*parts, text[position:]]), add_special_tokens=False).ids
+        return [self._standin_ids.get(i, i) for i in ids]
+
     def _plain_tokenizer(self) -> tokenizers.Tokenizer:
-        """The same vocabulary, blind to control tokens."""
+        """The same vocabulary, blind to control tokens; in their place it knows stand-ins that nobody can type."""
         with self._lock:
             if self._plain is None:
                 document = json.loads(self._tokenizer.to_str())
-                for token in document.get("added_tokens", []):
+                for token in document["added_tokens"]:
                     token["special"] = token["content"] in self._control
                 plain = _from_json(json.dumps(document, ensure_ascii=False), self._path)
                 plain.encode_special_tokens = True
+                for token in document["added_tokens"]:
+                    if token["special"]:
+                        self._add_standin(plain, token)
                 self._plain = plain
             return self._plain
+
+    def _add_standin(self, plain: tokenizers.Tokenizer, token: dict[str, Any]) -> None:
+        number = len(self._standins)
+        standin = self._nonce + chr(_FIRST_STANDIN + number // 4096) + chr(_FIRST_STANDIN + number % 4096)
+        flags = {flag: token[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+        plain.add_tokens([tokenizers.AddedToken(standin, special=False, **flags)])
+        self._standins[token["content"]] = standin
+        self._standin_ids[cast(int, plain.token_to_id(standin))] = self._vocab[token["content"]]
 
 
 def _any_of(contents: set[str]) -> re.Pattern[str] | None:

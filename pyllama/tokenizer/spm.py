@@ -49,7 +49,7 @@ class SpmBackend:
         if self._has_prefix and not special.legacy:
             self._middle = _open(proto + _NO_DUMMY_PREFIX, path)
         self._parse = _any_of(self._cut)
-        self._plain_parse = _any_of({c: i for c, i in self._cut.items() if i not in self._control})
+        self._added = _any_of({c: i for c, i in self._cut.items() if i not in self._control})
         self.table = TokenTable(self._byte_pieces(), frozenset(self._special), int(self._has_prefix))
 
     def _add_tokens(self, special: SpecialTokens, path: Path) -> None:
@@ -88,27 +88,37 @@ class SpmBackend:
     def piece_of(self, index: int) -> str:
         return self._pieces[index] if index < len(self._pieces) else ""
 
-    def has_control(self, text: str) -> bool:
-        """Whether parsing special tokens could make a difference for this text."""
-        return self._parse is not None and any(self._cut[m[0]] in self._control for m in self._parse.finditer(text))
+    def control_tokens(self) -> dict[str, int]:
+        return {content: i for content, i in self._cut.items() if i in self._control}
 
-    def control_tokens(self) -> frozenset[int]:
-        return frozenset(self._control)
+    def control_spans(self, text: str) -> list[tuple[int, int]]:
+        if self._parse is None:
+            return []
+        return [m.span() for m in self._parse.finditer(text) if self._cut[m[0]] in self._control]
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        pattern = self._parse if parse_special else self._plain_parse
-        if pattern is None:
-            return list(self._processor.encode(text))
+        return self.encode_around(text, self.control_spans(text) if parse_special else [])
+
+    def encode_around(self, text: str, spans: list[tuple[int, int]]) -> list[int]:
         ids: list[int] = []
         position = 0
-        for match in pattern.finditer(text):
-            self._append(ids, text[position : match.start()])
-            ids.append(self._cut[match[0]])
-            position = match.end()
+        for start, end in spans:
+            self._append(ids, text[position:start])
+            ids.append(self._cut[text[start:end]])
+            position = end
         self._append(ids, text[position:])
         return ids
 
     def _append(self, ids: list[int], text: str) -> None:
+        """Text without control tokens; added tokens that are none of these are still taken whole."""
+        position = 0
+        for match in self._added.finditer(text) if self._added else ():
+            self._append_plain(ids, text[position : match.start()])
+            ids.append(self._cut[match[0]])
+            position = match.end()
+        self._append_plain(ids, text[position:])
+
+    def _append_plain(self, ids: list[int], text: str) -> None:
         if text:
             ids += (self._middle if ids else self._processor).encode(text)
 

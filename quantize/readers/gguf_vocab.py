@@ -231,8 +231,8 @@ def _pre_tokenizer(metadata: dict[str, Any]) -> _PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre")
     if name is None:
         raise ModelFormatError(
-            "tokenizer.ggml.pre is missing: files of old converters do not say how words are cut, and a guess would give "
-            "wrong token ids; convert the model again with a current converter"
+            "tokenizer.ggml.pre is missing: files of old converters do not say how words are cut, and a guess would "
+            "give wrong token ids; convert the model again with a current converter"
         )
     rule = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if rule is None:
