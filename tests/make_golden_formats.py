@@ -1,7 +1,7 @@
 """Makes tests/golden/formats.json: tiny tensors of every format with their payloads, byte by byte.
 
 Run it by hand after a deliberate change of docs/FORMAT.md and review the difference:
-`python -m tests.make_golden_formats`. The numbers follow from simple formulas, not from a random generator, so that they
+`python -m tests.make_golden_formats`. The numbers follow from simple formulas, not from a random generator: they
 are the same everywhere. A payload is a list of lines of 64 bytes in hex; scales and offsets are given by their bits.
 """
 

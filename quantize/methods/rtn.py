@@ -29,6 +29,7 @@ _REFITS = 3
 
 # Trial scales put the largest weight at level * factor: below 1 it stays inside the grid, above 1 it is clipped.
 _FACTORS = np.linspace(0.84, 1.39, 12)
+_FACTORS8 = np.linspace(0.96, 1.01, 8)
 # Trial ranges of an affine group: each end moved inwards by this share of the range (5 x 5 trials).
 _SHRINK = (-0.03, 0.0, 0.035, 0.075, 0.12)
 
@@ -78,8 +79,8 @@ def _method(format: str, codebook: tuple[int, ...] | None) -> tuple[Callable[[Fl
     if format == "q4a":
         return _search_affine, _F16_MAX
     grid: _Grid
-    if format == "q8":  # the step is so fine that only the rounding of the scale matters
-        grid, trials = _Uniform(-127, 127, 0, np.int8), np.array([127.0])
+    if format == "q8":  # symmetric, so the sign does not matter; clipping costs more than it gains
+        grid, trials = _Uniform(-127, 127, 0, np.int8), 127 * _FACTORS8
     else:
         grid = _Codebook(codebook or Q4NL_CODEBOOK) if format == "q4nl" else _Uniform(-8, 7, 8, np.uint8)
         trials = np.concatenate([grid.low * _FACTORS, grid.high * _FACTORS])
@@ -108,11 +109,16 @@ def _check_range(block: Floats, largest: float, name: str) -> None:
 
 
 def _round_f16(values: Floats) -> Floats:
-    """Rounded to f16 numbers, but never to zero; what does not fit becomes infinite and loses every comparison."""
+    """Rounded to f16 numbers; what does not fit becomes infinite and loses every comparison."""
     with np.errstate(over="ignore"):
-        rounded = values.astype(np.float16).astype(np.float32)
-    vanished = (rounded == 0) & (values != 0)
-    rounded[vanished] = np.copysign(_F16_TINY, values[vanished])
+        return values.astype(np.float16).astype(np.float32)
+
+
+def _round_scale(scales: Floats) -> Floats:
+    """Rounded to f16 numbers, but never to zero, which would lose the group."""
+    rounded = _round_f16(scales)
+    vanished = (rounded == 0) & (scales != 0)
+    rounded[vanished] = np.copysign(_F16_TINY, scales[vanished])
     return rounded
 
 
@@ -211,7 +217,7 @@ class _Best:
 
     def offer(self, scale: Floats) -> Floats:
         """Tries these scales rounded to f16; returns the least-squares scale for the codes they gave."""
-        rounded = _round_f16(scale)
+        rounded = _round_scale(scale)
         level = self._grid.levels(self._weights, _inverse(rounded), self._scratch)
         wc, cc = _dot(self._weights, level), _dot(level, level)
         refit = np.divide(wc, cc, out=rounded.copy(), where=cc > 0)
@@ -254,7 +260,7 @@ def _search_affine(weights: Floats) -> _Found:
     best = _BestAffine(weights, mean)
     best.offer(spread / np.float32(15), weights.min(axis=0))
     for _ in range(_REFITS):
-        rounded = _round_f16(scale)
+        rounded = _round_scale(scale)
         code = best.offer(rounded, mean - rounded * mean_code)
         scale, mean_code, _gain = _fit_affine(centred, code, width)
     return best.found()
@@ -289,7 +295,7 @@ class _BestAffine:
 
     def offer(self, scale: Floats, offset: Floats) -> Floats:
         """Tries scales and minimums rounded to f16; returns the codes that they gave."""
-        scale, offset = _round_f16(scale), _round_f16(offset)
+        scale, offset = _round_scale(scale), _round_f16(offset)
         with np.errstate(invalid="ignore"):  # infinite, where a minimum does not fit f16
             code = _affine_codes(self._weights, scale, offset, self._scratch)
             difference = code * scale
