@@ -1,8 +1,8 @@
 """The float64 numpy LLaMA that everything is checked against: written from the papers, a whole sequence at a time.
 
-No cache, no batching, no tricks. It deliberately shares nothing with the engine except the canonical names of the tensors.
-Two options make it comparable within rounding errors: `kv_dtype` rounds keys and values as a cache would, and tensors
-named in `quantized` see activations rounded to int8 per 32 columns, as the kernels for quantized weights do.
+No cache, no batching, no tricks. It deliberately shares nothing with the engine except the canonical names of the
+tensors. Two options make it comparable within rounding errors: `kv_dtype` rounds keys and values as a cache would, and
+tensors named in `quantized` see activations rounded to int8 per 32 columns, as the kernels for quantized weights do.
 """
 
 from __future__ import annotations

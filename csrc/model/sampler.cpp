@@ -1,6 +1,6 @@
 // The stages, one function each. Sums are taken in double in a fixed order, comparisons are a strict total order
 // (logit, then lower id), exp and log are our own: no result depends on a library or an instruction set. What costs a
-// pass over the vocabulary is done at most once, and ranking only ever touches the tokens that can still be chosen.
+// pass over the vocabulary is done at most once, and only a handful of tokens is ever sorted.
 #include "model/sampler.h"
 
 #include <algorithm>
@@ -166,36 +166,24 @@ int Sampler::draw(const SamplerParams& params, const float* logits, int vocab_si
   const float max_logit = max_of(logits, vocab_size);
   check<std::invalid_argument>(max_logit != kBanned, "logit_bias bans every token");
   const double u = uniform(params.seed, position);
-
   if (params.top_k > 0 && params.top_k < vocab_size) {
     keep_top_k(logits, vocab_size, params.top_k);
-    double total = 0;
-    if (params.top_p < 1) {
-      for (const Key key : keys_) total += relative_mass(key_logit(key), max_logit, params.temperature);
-    }
-    cut(params, max_logit, total);
-  } else {
-    double total = 0;
-    mass_.resize(static_cast<size_t>(vocab_size));
-    for (int id = 0; id < vocab_size; ++id) {
-      const double mass = relative_mass(logits[id], max_logit, params.temperature);
-      mass_[static_cast<size_t>(id)] = mass;
-      total += mass;
-    }
-    if (params.top_p == 1) {
-      for (double& mass : mass_) mass = mass < params.min_p ? 0.0 : mass;
-      return draw_by_id(nullptr, mass_.size(), u);
-    }
-    keep_hopeful(params, logits, total);
-    cut(params, max_logit, total);
+    return draw_from_ranked(params, max_logit, u);
   }
-
-  ids_.clear();
-  for (const Key key : keys_) ids_.push_back(key_id(key));
-  std::sort(ids_.begin(), ids_.end());
-  mass_.clear();
-  for (const int32_t id : ids_) mass_.push_back(relative_mass(logits[id], max_logit, params.temperature));
-  return draw_by_id(ids_.data(), ids_.size(), u);
+  mass_.resize(static_cast<size_t>(vocab_size));
+  for (int id = 0; id < vocab_size; ++id) {
+    mass_[static_cast<size_t>(id)] = relative_mass(logits[id], max_logit, params.temperature);
+  }
+  if (params.top_p < 1) {
+    const Key floor = nucleus_floor(params, logits, max_logit);
+    for (int id = 0; id < vocab_size; ++id) {
+      if (make_key(logits[id], id) < floor) mass_[static_cast<size_t>(id)] = 0;
+    }
+  }
+  if (params.min_p > 0) {
+    for (double& mass : mass_) mass = mass < params.min_p ? 0.0 : mass;
+  }
+  return static_cast<int>(draw_index(u));
 }
 
 // keys_ = the k most likely tokens, most likely first.
@@ -204,50 +192,67 @@ void Sampler::keep_top_k(const float* logits, int vocab_size, int k) {
   std::sort(keys_.begin(), keys_.end(), std::greater<>());
 }
 
-// keys_ = the tokens that top-p and min-p might leave, in any order. The n tokens below (1 - top_p) / n of the total
-// cannot hold 1 - top_p of it between them, so top-p is satisfied before it comes to them; half of that allows for
-// rounding.
-void Sampler::keep_hopeful(const SamplerParams& params, const float* logits, double total) {
-  const double tail = 1 - params.top_p;
-  const double hopeless = tail > 1e-6 ? 0.5 * tail * total / static_cast<double>(mass_.size()) : 0.0;
-  const double bound = std::max(params.min_p, hopeless);
-  keys_.clear();
-  for (size_t id = 0; id < mass_.size(); ++id) {
-    if (mass_[id] >= bound) keys_.push_back(make_key(logits[id], static_cast<int>(id)));
-  }
-}
-
-// Top-p and min-p: keeps a prefix of keys_ from the most likely token down, ranking only as far as it walks.
-void Sampler::cut(const SamplerParams& params, float max_logit, double total) {
+// Top-p and min-p over the few tokens that top-k left in keys_, then the draw.
+int Sampler::draw_from_ranked(const SamplerParams& params, float max_logit, double u) {
+  const auto mass_of = [&](Key key) { return relative_mass(key_logit(key), max_logit, params.temperature); };
+  double total = 0;
+  for (const Key key : keys_) total += mass_of(key);
   const double enough = params.top_p < 1 ? params.top_p * total : std::numeric_limits<double>::infinity();
   double sum = 0;
-  size_t n_ranked = 0;
   size_t n_kept = 0;
   while (n_kept < keys_.size() && sum < enough) {
-    if (n_kept == n_ranked) {
-      n_ranked = std::min(keys_.size(), std::max<size_t>(256, 4 * n_ranked));
-      const auto begin = keys_.begin() + static_cast<std::ptrdiff_t>(n_kept);
-      const auto end = keys_.begin() + static_cast<std::ptrdiff_t>(n_ranked);
-      if (end != keys_.end()) std::nth_element(begin, end, keys_.end(), std::greater<>());
-      std::sort(begin, end, std::greater<>());
-    }
-    const double mass = relative_mass(key_logit(keys_[n_kept]), max_logit, params.temperature);
+    const double mass = mass_of(keys_[n_kept]);
     if (mass < params.min_p) break;
     sum += mass;
     ++n_kept;
   }
   keys_.resize(n_kept);
+  std::sort(keys_.begin(), keys_.end(), [](Key a, Key b) { return key_id(a) < key_id(b); });
+  mass_.clear();
+  for (const Key key : keys_) mass_.push_back(mass_of(key));
+  return key_id(keys_[draw_index(u)]);
 }
 
-// The candidate at which the running sum of mass_ passes u times the whole. ids null: candidate i is token i.
-int Sampler::draw_by_id(const int32_t* ids, size_t n, double u) {
+// The least likely token that top-p keeps. The nucleus may be most of the vocabulary, so nothing is sorted but the one
+// bucket, of many that split the range of the logits, in which the sum reaches top_p.
+Sampler::Key Sampler::nucleus_floor(const SamplerParams& params, const float* logits, float max_logit) {
+  constexpr int kBuckets = 1024;
+  constexpr double kPerNat = 32;
+  const auto bucket_of = [&](size_t id) {
+    const double depth = (static_cast<double>(max_logit) - logits[id]) / params.temperature * kPerNat;
+    return depth < kBuckets - 1 ? static_cast<int>(depth) : kBuckets - 1;
+  };
+  double buckets[kBuckets] = {};
+  double total = 0;
+  for (size_t id = 0; id < mass_.size(); ++id) {
+    buckets[bucket_of(id)] += mass_[id];
+    total += mass_[id];
+  }
+  const double enough = params.top_p * total;
   double sum = 0;
-  for (size_t i = 0; i < n; ++i) mass_[i] = sum += mass_[i];
+  int last = 0;
+  while (last < kBuckets && sum + buckets[last] < enough) sum += buckets[last++];
+
+  keys_.clear();
+  for (size_t id = 0; id < mass_.size(); ++id) {
+    if (bucket_of(id) == last) keys_.push_back(make_key(logits[id], static_cast<int>(id)));
+  }
+  std::sort(keys_.begin(), keys_.end(), std::greater<>());
+  for (const Key key : keys_) {
+    sum += mass_[static_cast<size_t>(key_id(key))];
+    if (sum >= enough) return key;
+  }
+  return 0;  // rounding kept the sum below a top_p next to 1: everything stays
+}
+
+// The candidate at which the running sum of mass_ passes u times the whole.
+size_t Sampler::draw_index(double u) {
+  double sum = 0;
+  for (double& mass : mass_) mass = sum += mass;
   auto chosen = std::upper_bound(mass_.begin(), mass_.end(), u * sum);
   // u * sum may round up to sum: then the last candidate that has any mass.
   if (chosen == mass_.end()) chosen = std::lower_bound(mass_.begin(), mass_.end(), sum);
-  const std::ptrdiff_t index = chosen - mass_.begin();
-  return ids ? ids[index] : static_cast<int>(index);
+  return static_cast<size_t>(chosen - mass_.begin());
 }
 
 void Sampler::report(const SamplerInput& in, int n_top, Sampled& out) {

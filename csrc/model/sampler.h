@@ -59,9 +59,9 @@ class Sampler {
   void penalize(const SamplerParams& params, const SamplerInput& in);
   int draw(const SamplerParams& params, const float* logits, int vocab_size, uint64_t position);
   void keep_top_k(const float* logits, int vocab_size, int k);
-  void keep_hopeful(const SamplerParams& params, const float* logits, double total);
-  void cut(const SamplerParams& params, float max_logit, double total);
-  int draw_by_id(const int32_t* ids, size_t n, double u);
+  int draw_from_ranked(const SamplerParams& params, float max_logit, double u);
+  Key nucleus_floor(const SamplerParams& params, const float* logits, float max_logit);
+  size_t draw_index(double u);
   void report(const SamplerInput& in, int n_top, Sampled& out);
 
   std::vector<float> adjusted_;  // [vocab_size] logits after bias and penalties
