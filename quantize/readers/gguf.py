@@ -106,6 +106,8 @@ class _Metadata:
         out: dict[str, Any] = {}
         for index in range(count):
             key = self.cursor.string(MAX_NAME_BYTES, f"key of metadata entry {index}")
+            if not key:
+                self.cursor.fail(f"metadata entry {index} has an empty key; damaged?")
             if key in out:
                 self.cursor.fail(f"metadata key {shown(key)} appears twice")
             out[key] = self._value(self.cursor.u32(f"type of {shown(key)}"), f"metadata {shown(key)}", 0)
@@ -168,6 +170,8 @@ class _Row:
 
 def _read_tensor_row(cursor: Cursor) -> _Row:
     name = cursor.string(MAX_NAME_BYTES, "tensor name")
+    if not name:
+        cursor.fail("a tensor has an empty name; damaged?")
     what = f"tensor {shown(name)}"
     n_dims = cursor.u32(f"{what}: dimension count")
     if not 1 <= n_dims <= MAX_DIMS:

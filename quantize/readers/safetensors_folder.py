@@ -43,7 +43,7 @@ def open_safetensors(folder: Path, single: Path | None = None) -> Source:
     """
     config_path = folder / "config.json"
     if not config_path.exists():
-        raise ModelFormatError(f"{folder}: holds no config.json, which a safetensors checkpoint needs beside it")
+        raise ModelFormatError(f"{config_path}: is missing; {single or folder} needs a config.json beside its tensors")
     raw = read_json(config_path)
     if raw.get("format") == "pyllama":
         raise ModelFormatError(f"{folder}: is already a pyllama model; open it as it is, or quantize its source again")
