@@ -56,6 +56,7 @@ inline VI vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 inline VI vi_add(VI a, VI b) { return _mm512_add_epi32(a, b); }
 
 inline VB vb_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void vb_store(uint8_t* p, VB a) { _mm512_storeu_si512(p, a); }
 inline VB vb_low(VB a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 inline VB vb_high(VB a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 
@@ -71,6 +72,8 @@ inline Table table_load(const int8_t* codebook) {
 }
 inline WS ws_lookup(const Table& t, VB codes) { return _mm512_shuffle_epi8(t, codes); }
 inline WS ws_bytes(VB bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+inline VB ws_pack(const WS& w) { return w; }
+inline WS ws_unpack(VB bytes) { return bytes; }
 
 inline VI broadcast4(const int8_t* a) {
   int32_t x;
@@ -81,5 +84,7 @@ inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return _mm512_dpbusd_epi
 inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a)); }
 
 constexpr int kTokBlock = 8;
+constexpr int kPanelBlock = 6;
+constexpr int kPanelRegs = 2;
 
 }  // namespace

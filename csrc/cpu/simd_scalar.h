@@ -123,6 +123,7 @@ inline VB vb_load(const uint8_t* p) {
   memcpy(r.v, p, sizeof r.v);
   return r;
 }
+inline void vb_store(uint8_t* p, VB a) { memcpy(p, a.v, sizeof a.v); }
 inline VB vb_low(VB a) {
   for (auto& b : a.v) b = b & 15;
   return a;
@@ -157,6 +158,13 @@ inline WS ws_bytes(VB bytes) {
   memcpy(w.v, bytes.v, sizeof w.v);
   return w;
 }
+// Decoded weights on their way through memory.
+inline VB ws_pack(const WS& w) {
+  VB b;
+  memcpy(b.v, w.v, sizeof b.v);
+  return b;
+}
+inline WS ws_unpack(VB bytes) { return ws_bytes(bytes); }
 
 // acc[lane] += Σ_{b<4} w[lane][b] · a[b], exact in int32.
 template <class W>
@@ -169,6 +177,8 @@ inline VI dot4(VI acc, const W& w, const int8_t* a) {
 inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return dot4(acc, w, a); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return dot4(acc, w, a); }
 
-constexpr int kTokBlock = 4;
+constexpr int kTokBlock = 4;   // tokens that share a weight register when there are few
+constexpr int kPanelBlock = 2;  // tokens × kPanelRegs accumulators when there are many
+constexpr int kPanelRegs = 1;   // registers of rows
 
 }  // namespace
