@@ -230,9 +230,8 @@ def write_plan(
     if plan.source.generation_config and GENERATION_FILE not in files:
         files[GENERATION_FILE] = (json.dumps(plan.source.generation_config, indent=2) + "\n").encode()
     done, total = 0, plan.n_weights
-    with FolderWriter(out, [item.spec for item in plan.tensors], overwrite=overwrite) as writer:
-        for name, data in files.items():
-            writer.add_file(name, data)
+    specs = [item.spec for item in plan.tensors]
+    with FolderWriter(out, specs, plan.config(), files, overwrite=overwrite) as writer:
         for item in plan.tensors:
             payload = np.zeros(item.spec.payload_bytes, dtype=np.uint8)
             for n_weights in _fill(item, payload, plan.method):
@@ -240,7 +239,7 @@ def write_plan(
                 if progress is not None:
                     progress(Progress(done, total, item.spec.name))
             writer.add_tensor(item.spec, payload)
-        return writer.finish(plan.config())
+        return writer.finish()
 
 
 def _fill(item: Planned, payload: NDArray[np.uint8], method: str) -> Iterator[int]:

@@ -10,13 +10,15 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.formats import TensorSpec, check_finite, check_permutation, pack, unpack
-from pyllama.common.model_folder import StoredTensor, read_model_folder
-from pyllama.common.reader import Bytes
+from pyllama.common.model_folder import StoredTensor, metadata_sha256, read_model_folder
+from pyllama.common.reader import BoundedFile, Bytes, shown
+from pyllama.common.safetensors import SafetensorsFile
 
 _CHUNK_BYTES = 1 << 24
 
@@ -37,6 +39,8 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int, str], 
     is not as it was written: a missing checksum, a flipped bit, a value that is not finite, padding that is not zero.
     """
     folder = read_model_folder(path)
+    for file in {id(tensor.file): tensor.file for tensor in folder.tensors.values()}.values():
+        _verify_metadata(folder.path, file)
     total = sum(tensor.spec.payload_bytes for tensor in folder.tensors.values())
     done = 0
     for name, tensor in folder.tensors.items():
@@ -47,13 +51,34 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int, str], 
     return Verified(len(folder.tensors), sum(t.spec.n_weights for t in folder.tensors.values()), total)
 
 
+def _verify_metadata(folder: Path, file: SafetensorsFile) -> None:
+    """The metadata's own checksum, then those of the folder's other files."""
+    path, metadata = file.file.path, file.metadata
+    if metadata.get("sha256") != metadata_sha256(metadata):
+        raise ModelFormatError(
+            f"{path}: the header's checksum differs from its metadata; the file was damaged or changed"
+        )
+    for key, expected in metadata.items():
+        name = key[len("sha256.") :]
+        if not key.startswith("sha256."):
+            continue
+        if "/" in name or "\\" in name or name in (".", ".."):
+            raise ModelFormatError(f"{path}: a checksum for {shown(name)}, which is no name of a file beside it")
+        with BoundedFile(folder / name) as other:
+            found = _sha256(other.map(0, other.size))
+        if found != expected:
+            raise ModelFormatError(
+                f"{folder / name}: sha256 is {found}, expected {expected}; the file was damaged or changed since"
+            )
+
+
 def _verify_tensor(tensor: StoredTensor) -> None:
     path, spec = tensor.file.file.path, tensor.spec
     if tensor.sha256 is None:
         raise ModelFormatError(f"{path}: {spec.name}: has no checksum in its metadata; convert the model again")
     payload = tensor.payload()
     found = _sha256(payload)
-    if found != tensor.sha256.lower():
+    if found != tensor.sha256:
         raise ModelFormatError(
             f"{path}: {spec.name}: sha256 of its payload is {found}, its metadata says {tensor.sha256}; "
             "the file was damaged or changed, convert the model again"

@@ -45,18 +45,31 @@ _SLACK_BYTES = 1 << 20  # folder entries, rounding to blocks
 class FolderWriter:
     """Writes one model folder; a context manager.
 
-        with FolderWriter(out, specs, overwrite=False) as writer:
-            writer.add_file("tokenizer.json", data)
+        with FolderWriter(out, specs, config, files) as writer:
             for spec in specs: writer.add_tensor(spec, payload)   # in this order
-            writer.finish(config)
+            writer.finish()
 
-    Leaving the block without `finish` leaves nothing behind. Raises QuantizeError when the output cannot be made.
+    files: the tokenizer's and the like, by name. Leaving the block without `finish` leaves nothing behind.
+    Raises QuantizeError when the output cannot be made.
     """
 
-    def __init__(self, out: str | os.PathLike[str], specs: Sequence[TensorSpec], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        specs: Sequence[TensorSpec],
+        config: Mapping[str, object],
+        files: Mapping[str, bytes],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        foreign = sorted(files.keys() - {*TOKENIZER_FILES, GENERATION_FILE})
+        if foreign:
+            raise ValueError(f"{foreign[0]!r} is no file of a model folder")
         self._out = check_output(out, overwrite=overwrite)
         self._overwrite = overwrite
         self._specs = list(specs)
+        self._files = {**files, CONFIG_FILE: config_bytes(config)}
+        self._file_sums = {name: hashlib.sha256(data).hexdigest() for name, data in self._files.items()}
         self._partial = self._out.with_name(f".{self._out.name}.{secrets.token_hex(4)}.partial")
         self._replaced = self._partial.with_suffix(".old")  # where an old output waits until the new one is in place
         self._checksums: dict[str, str] = {}
@@ -66,9 +79,10 @@ class FolderWriter:
         with _explained(self._out):
             try:
                 self._partial.mkdir()
-                header = header_bytes(self._specs)
-                needed = len(header) + sum(spec.payload_bytes for spec in self._specs)
-                self._check_space(needed)
+                header = header_bytes(self._specs, None, self._file_sums)
+                self._check_space(len(header) + sum(spec.payload_bytes for spec in self._specs))
+                for name, data in self._files.items():
+                    self._write_file(name, data)
                 self._fd = _create(self._partial / WEIGHTS_FILE)
                 _write_all(self._fd, header)
             except BaseException:
@@ -85,31 +99,21 @@ class FolderWriter:
         """Appends the payload of the next tensor of `specs`."""
         expected = self._specs[len(self._checksums)]
         if spec != expected or payload.nbytes != spec.payload_bytes:
-            raise ValueError(
-                f"tensor {spec.name} of {payload.nbytes} bytes, expected {expected.name} of {expected.payload_bytes}"
-            )
+            raise ValueError(f"{spec.name}, {payload.nbytes} bytes, expected {expected.name}, {expected.payload_bytes}")
         data = np.ascontiguousarray(payload).data.cast("B")
         with _explained(self._out):
             _write_all(self._fd, data)
         self._checksums[spec.name] = hashlib.sha256(data).hexdigest()
 
-    def add_file(self, name: str, data: bytes) -> None:
-        """Adds a small file, as the tokenizer's. Only the names that a model folder may hold are taken."""
-        if name not in (*TOKENIZER_FILES, GENERATION_FILE):
-            raise ValueError(f"{name!r} is no file of a model folder")
-        with _explained(self._out):
-            self._write_file(name, data)
-
-    def finish(self, config: Mapping[str, object]) -> Path:
-        """Writes checksums and config.json, makes all of it durable and puts the folder in its place."""
+    def finish(self) -> Path:
+        """Writes the checksums, makes everything durable and puts the folder in its place."""
         if len(self._checksums) != len(self._specs):
             raise ValueError(f"{len(self._checksums)} of {len(self._specs)} tensors were written")
         with _explained(self._out):
             os.lseek(self._fd, 0, os.SEEK_SET)
-            _write_all(self._fd, header_bytes(self._specs, self._checksums))
+            _write_all(self._fd, header_bytes(self._specs, self._checksums, self._file_sums))
             os.fsync(self._fd)
             self._close()
-            self._write_file(CONFIG_FILE, config_bytes(config))
             _sync_folder(self._partial)
             self._put_in_place()
         return self._out

@@ -8,6 +8,7 @@ are read but compared only by quantize/verify.py. Writing here means building by
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -251,13 +252,16 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def header_bytes(specs: Iterable[TensorSpec], checksums: Mapping[str, str] | None = None) -> bytes:
+def header_bytes(
+    specs: Iterable[TensorSpec], checksums: Mapping[str, str] | None = None, files: Mapping[str, str] | None = None
+) -> bytes:
     """The start of a safetensors file that holds these payloads one after the other: length, JSON, spaces.
 
-    Its length is a multiple of 64. Without a checksum, zeros stand in its place, so that the header has its final
-    length before a payload is known.
+    checksums: sha256 of each tensor's payload; zeros stand in their place until they are known, so that the header has
+    its final length before. files: sha256 of the folder's other files. The result's length is a multiple of 64.
     """
     metadata = {"format": "pyllama", "version": VERSION}
+    metadata.update({f"sha256.{name}": sha256 for name, sha256 in (files or {}).items()})
     header: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for spec in specs:
@@ -267,6 +271,13 @@ def header_bytes(specs: Iterable[TensorSpec], checksums: Mapping[str, str] | Non
         end = start + spec.payload_bytes
         header[spec.name] = {"dtype": "U8", "shape": [spec.payload_bytes], "data_offsets": [start, end]}
         start = end
+    metadata["sha256"] = metadata_sha256(metadata)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     length = round_up(8 + len(text), ALIGN) - 8
     return struct.pack("<Q", length) + text.ljust(length)
+
+
+def metadata_sha256(metadata: Mapping[str, str]) -> str:
+    """What `"sha256"` in `__metadata__` must be: over all other keys and values."""
+    lines = (f"{key}\n{value}\n" for key, value in sorted(metadata.items()) if key != "sha256")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
