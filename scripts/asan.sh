@@ -10,8 +10,8 @@ compiler=${CXX:-c++}
 
 rm -rf "$tree"
 mkdir -p "$tree"
-cp -r CMakeLists.txt setup.py pyproject.toml LICENSE README.md Makefile csrc docs pyllama quantize tests benchmarks examples "$tree"
-find "$tree" \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
+tar -cf - --exclude=./build --exclude=./.git --exclude=./.venv --exclude=./demo-model --exclude='./.*_cache' --exclude='*.so' \
+  --exclude=__pycache__ . | tar -xf - -C "$tree"
 
 # Sources are the originals, so that ninja's timestamps hold from one run to the next; only the module is put in the copy.
 objects=$(pwd)/build/asan/objects
@@ -29,4 +29,4 @@ import pyllama._C as extension
 here = pathlib.Path.cwd()
 assert pathlib.Path(extension.__file__).is_relative_to(here), f"the sanitized module is not the one imported: {extension.__file__}"
 PY
-LD_PRELOAD="$preload" exec "$venv/bin/python" -m pytest -p no:cacheprovider --deselect tests/test_objects.py --ignore tests/test_build.py "$@"
+LD_PRELOAD="$preload" exec "$venv/bin/python" -m pytest -p no:cacheprovider --ignore=tests/test_objects.py --ignore=tests/test_build.py "$@"
