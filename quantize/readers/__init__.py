@@ -24,13 +24,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     Raises ModelFormatError that names the path and says what was found and what can be read.
     """
     path = Path(path)
-    try:
-        is_folder = path.is_dir()
-    except ValueError as error:  # a NUL in the path
-        raise ModelFormatError(f"{shown(str(path))}: {error}") from None
-    if not os.path.lexists(path):
+    if not os.path.lexists(path):  # also a path with a NUL in it
         raise ModelFormatError(f"{path}: does not exist; expected a .gguf file or a Hugging Face folder")
-    return _open_folder(path) if is_folder else _open_file(path)
+    return _open_folder(path) if path.is_dir() else _open_file(path)
 
 
 def _open_file(path: Path) -> Source:

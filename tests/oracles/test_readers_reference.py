@@ -44,10 +44,12 @@ def test_blocks_decode_like_the_gguf_package(kind: str) -> None:
     row = next(row for row in GGUF_TYPES.values() if row.name == kind)
     rng = np.random.default_rng(7)
     raw = rng.integers(0, 256, (500, row.row_bytes(512)), np.uint8)
-    expected = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
-    finite = np.isfinite(expected).all(axis=1)
-    assert finite.sum() > 5
-    assert same_bits(row.decode(raw[finite]), np.ascontiguousarray(expected[finite], np.float32))
+    with np.errstate(all="ignore"):  # some scales are NaN
+        expected = np.ascontiguousarray(gguf.dequantize(raw, gguf.GGMLQuantizationType[kind]), np.float32)
+        found = row.decode(raw)
+    finite = np.isfinite(expected)
+    assert finite.mean() > 0.5 and np.array_equal(np.isfinite(found), finite)
+    assert same_bits(found[finite], expected[finite])
 
 
 @pytest.mark.parametrize("kind", [row.name for row in GGUF_TYPES.values()])
@@ -188,7 +190,7 @@ def test_containers_like_the_safetensors_package(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("defect", hostile.BAD_SAFETENSORS)
 def test_we_are_at_least_as_strict_as_the_safetensors_package(tmp_path: Path, defect: str) -> None:
-    """What the stock library refuses, ours refuses: the table of defects holds no file that only we dislike by mistake."""
+    """The table of defects holds no file that only we dislike by mistake; where we are stricter, it is said."""
     path = tmp_path / "bad.safetensors"
     path.write_bytes(hostile.BAD_SAFETENSORS[defect][0])
     with pytest.raises(ModelFormatError):
