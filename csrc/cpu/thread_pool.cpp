@@ -4,6 +4,11 @@
 
 namespace pyllama {
 
+namespace {
+// In pauses of 40 to 140 cycles: how long to spin before giving the processor to others, and before going to sleep.
+constexpr int kPatience = 2000, kLinger = 4000;
+}  // namespace
+
 ThreadPool::ThreadPool(int threads) {
   try {
     for (int t = 1; t < threads; t++) workers_.emplace_back([this, t] { work(t); });
@@ -49,33 +54,38 @@ void ThreadPool::run_erased(int n_tasks, Call call, const void* body) {
   body_ = body;
   n_tasks_ = n_tasks;
   next_task_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  region_.fetch_add(1, std::memory_order_release);
+  const uint64_t number = (region_.load(std::memory_order_relaxed) / kNext + 1) * kNext;
+  region_.store(number | kOpen, std::memory_order_release);
   take_tasks(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; spins++) {
+  region_.fetch_and(~kOpen, std::memory_order_acq_rel);
+  for (int spins = 0; region_.load(std::memory_order_acquire) & kInside; spins++) {
     cpu_relax();
-    if (spins > 20000) std::this_thread::yield();  // more threads than processors: let the others run
+    if (spins > kPatience) std::this_thread::yield();  // more threads than processors: let the others run
   }
 }
 
 void ThreadPool::work(int thread) {
   set_float_environment();
-  uint64_t seen = 0;
+  uint64_t done = 0;  // the last region that this worker was in
+  int spins = 0;
   for (;;) {
-    int spins = 0;
-    while (region_.load(std::memory_order_acquire) == seen) {
-      if (stop_.load(std::memory_order_relaxed)) return;
-      if (!awake_.load(std::memory_order_relaxed) && spins > 2000) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        sleep_.wait(lock, [&] { return awake_ || stop_; });
-        spins = 0;
-      }
-      cpu_relax();
-      if (++spins > 20000) std::this_thread::yield();
+    uint64_t now = region_.load(std::memory_order_acquire);
+    if (now / kNext != done && (now & kOpen)) {
+      if (!region_.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) continue;
+      done = now / kNext;
+      take_tasks(thread);
+      region_.fetch_sub(1, std::memory_order_release);
+      spins = 0;
+      continue;
     }
-    seen++;
-    take_tasks(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    if (stop_.load(std::memory_order_relaxed)) return;
+    if (!awake_.load(std::memory_order_relaxed) && spins > kLinger) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      sleep_.wait(lock, [&] { return awake_ || stop_; });
+      spins = 0;
+    }
+    cpu_relax();
+    if (++spins > kPatience) std::this_thread::yield();
   }
 }
 

@@ -1,6 +1,7 @@
 // Threads that share the work of one step. Workers spin between the regions of a step, which come microseconds apart, and
 // sleep between steps. Tasks are taken from a counter on demand, so a slow core takes fewer; which thread runs a
-// task never changes a result.
+// task never changes a result. A region ends when its tasks are done: nobody waits for a worker that never got to
+// run because something else held its processor.
 #pragma once
 
 #include <atomic>
@@ -40,9 +41,10 @@ class ThreadPool {
   Call call_ = nullptr;
   const void* body_ = nullptr;
   int n_tasks_ = 0;
-  alignas(64) std::atomic<uint64_t> region_{0};  // counts parallel regions; a change starts the workers
+  // The number of the region, whether it is open, and how many workers are inside: one word, so that entering is one step.
+  static constexpr uint64_t kOpen = 1 << 16, kInside = kOpen - 1, kNext = uint64_t{1} << 32;
+  alignas(64) std::atomic<uint64_t> region_{0};
   alignas(64) std::atomic<int> next_task_{0};
-  alignas(64) std::atomic<int> busy_{0};         // workers that have not finished the current region
   alignas(64) std::atomic<bool> awake_{false};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
