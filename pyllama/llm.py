@@ -198,8 +198,7 @@ class LLM:
     def _reply(
         self, prompt: Any, params: SamplingParams | None, options: Mapping[str, Any], sequence: Any = None
     ) -> Reply:
-        if self._closed:
-            raise ValueError("this LLM is closed")
+        self._check_open()
         settled = build_params(params, options).resolve(self._generation_config)
         self._check_ids_in_vocabulary("logit_bias", settled.logit_bias or ())
         ids = self._prompt_ids(prompt)
@@ -223,6 +222,10 @@ class LLM:
             logprobs=settled.logprobs is not None,
             seed=settled.seed or 0,
         )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this LLM is closed")
 
     def _advice(self) -> str:
         longest = self.config["max_seq_len"]
@@ -280,6 +283,7 @@ class Session:
     """One conversation with a cache of its own. For one thread at a time; several sessions may run side by side."""
 
     def __init__(self, llm: LLM) -> None:
+        llm._check_open()
         self._llm = llm
         self._sequence: Any = None
         self.reply: Reply | None = None  # the last one; finished once its stream is through

@@ -42,9 +42,7 @@ def test_the_models_defaults_fill_what_is_not_given() -> None:
     assert settled.max_tokens is None
 
 
-@pytest.mark.parametrize(
-    ("params", "temperature"), [(SamplingParams(), 0.0), (SamplingParams(temperature=0.5), 0.5)]
-)
+@pytest.mark.parametrize(("params", "temperature"), [(SamplingParams(), 0.0), (SamplingParams(temperature=0.5), 0.5)])
 def test_a_model_that_does_not_sample_is_greedy_unless_asked(params: SamplingParams, temperature: float) -> None:
     assert params.resolve({"do_sample": False, "temperature": 0.7}).temperature == temperature
 
@@ -108,7 +106,9 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_known_one() -> None:
-    with pytest.raises(TypeError, match=r"unknown sampling parameter 'temprature'; did you mean 'temperature'\?.*top_k"):
+    with pytest.raises(
+        TypeError, match=r"unknown sampling parameter 'temprature'; did you mean 'temperature'\?.*top_k"
+    ):
         SamplingParams(temprature=1)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="'xyzzy' \\(known: max_tokens"):
         build_params(None, {"xyzzy": 1})
