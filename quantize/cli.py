@@ -21,10 +21,11 @@ from typing import Any, NoReturn
 from pyllama.common.errors import PyllamaError
 from pyllama.common.formats import FORMATS, GROUPS
 
-from .convert import Plan, check_request, make_plan, resolve_output, write_plan
+from .convert import Plan, check_request, make_plan, write_plan
 from .methods import METHODS
 from .readers import open_source
 from .verify import verify
+from .writer import check_output
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 _PLAIN_EVERY_S = 5.0
@@ -160,9 +161,7 @@ def _run_convert(arguments: list[str]) -> int:
         suggestion = f"{src.stem if src.suffix == '.gguf' else src.resolve().name}-{options.format or 'pyllama'}"
         parser.error(f"say where to put the model folder, for example: -o {suggestion}")
     check_request(options.format, options.group_size, options.method, options.tensor_type)
-    out = None
-    if options.output is not None:
-        out = resolve_output(options.src, options.output, overwrite=options.overwrite)
+    out = None if options.output is None else check_output(options.output, overwrite=options.overwrite)
     started = time.monotonic()
     source = open_source(options.src)
     plan = make_plan(

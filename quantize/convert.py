@@ -121,18 +121,10 @@ def convert(
     no sense for this model, ValueError for unknown formats, groups and methods. A failure leaves nothing at `out`.
     """
     check_request(format, group_size, method, tensor_types)
-    target = resolve_output(src, out, overwrite=overwrite)
+    target = check_output(out, overwrite=overwrite)
     source = open_source(src)
     plan = make_plan(source, format=format, group_size=group_size, method=method, tensor_types=tensor_types)
     return write_plan(plan, target, overwrite=overwrite, progress=progress)
-
-
-def resolve_output(src: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """The output's path; raises QuantizeError when no model folder can or may be put there."""
-    target = check_output(out, overwrite=overwrite)
-    if Path(src).resolve().is_relative_to(target):
-        raise QuantizeError(f"{target}: the source {src} lies in it; choose another output")
-    return target
 
 
 def check_request(
