@@ -214,7 +214,9 @@ std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& w
     tensors[py::str(name)] = expect<PyWeight>(weight, "a Weight").weight;
     self->weights.push_back(py::reinterpret_borrow<py::object>(weight));
   }
-  const bool tied = config_value<bool>(config, "tied_embeddings", "true or false");
+  const bool tied = config_value<py::object>(config, "tied_embeddings", "true or false").is(py::bool_(true));
+  check(tied || config["tied_embeddings"].is(py::bool_(false)), "config: tied_embeddings is ",
+        std::string(py::repr(config["tied_embeddings"])), ", expected true or false");
   CpuOptions options;
   options.threads = self->threads;
   options.isa = self->isa.c_str();

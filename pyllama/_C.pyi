@@ -27,6 +27,9 @@ class Sampler:
         repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
         logit_bias: dict[int, float] = ..., logprobs: int = -1, seed: int = 0,
     ) -> None: ...
+    def sample(self, logits: NDArray[np.float32], tokens: Seq[int], prompt_len: int = 0) -> StepResult:
+        """What a step would sample from these logits [vocab_size] after these tokens (for tests)."""
+        ...
 
 class Sequence:
     """Tokens of one text and the pages of its key/value cache. Made by Model.sequence(); freed with its last reference."""

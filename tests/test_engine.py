@@ -22,8 +22,6 @@ from pyllama import _C
 from pyllama.common.errors import ContextLengthError, ModelFormatError
 from tests.helpers_models import DENSE, QUANTIZED, Kind, Shape, SmallModel, aligned, small_model
 
-pytestmark = pytest.mark.core
-
 SHAPES = {
     "plain": Shape(),
     "tied-biases": Shape(tied=True, biases=True),
@@ -52,6 +50,7 @@ def all_logits(model: Any, tokens: Any, chunks: list[int] | None = None) -> NDAr
 # ---- values
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", DENSE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_dense_logits(shape: Shape, kind: Kind) -> None:
@@ -62,6 +61,7 @@ def test_dense_logits(shape: Shape, kind: Kind) -> None:
     np.testing.assert_allclose(all_logits(small.model(), tokens), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", QUANTIZED, ids=str)
 def test_quantized_logits(kind: Kind) -> None:
     """The oracle rounds activations as the kernels do, so that nearly all short texts agree as closely as dense ones.
@@ -127,6 +127,7 @@ def same(request: pytest.FixtureRequest) -> tuple[SmallModel, Any, NDArray[np.in
     return small, model, tokens, all_logits(model, tokens)
 
 
+@pytest.mark.core
 def test_prefill_equals_step_by_step(same: Any) -> None:
     _, model, tokens, expected = same
     assert np.array_equal(all_logits(model, tokens, [1] * 150), expected)
@@ -157,6 +158,7 @@ def test_instruction_sets(same: Any, isa: str) -> None:
     assert np.array_equal(all_logits(model, tokens[:20], [1] * 20), expected[:20])
 
 
+@pytest.mark.core
 def test_several_sequences_in_one_step(same: Any) -> None:
     _, model, tokens, _ = same
     texts = [tokens[:70], tokens[70:71], tokens[71:80], tokens[80:150]]
@@ -176,6 +178,7 @@ def test_several_sequences_in_one_step(same: Any) -> None:
                 at[i] += size
 
 
+@pytest.mark.core
 def test_truncate_and_go_on(same: Any) -> None:
     _, model, tokens, expected = same
     sequence = model.sequence()
@@ -227,6 +230,7 @@ def generate(model: Any, prompt: Any, n: int, sampler: Any, neighbours: int = 0)
     return out
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"seed": 5}, {"seed": 2**63 + 9, "top_p": 0.9, "logprobs": 2}])
 def test_same_seed_same_tokens(params: dict[str, Any]) -> None:
     small = small_model(Shape(), Kind("q4nl", 64))
@@ -403,21 +407,26 @@ def test_any_order_of_destruction(plain: SmallModel) -> None:
 
 
 def test_ctrl_c_stops_a_step_and_changes_nothing() -> None:
-    shape = Shape(dim=128, hidden_dim=384, n_heads=4, n_kv_heads=4, head_dim=32, n_layers=30, max_seq_len=1024)
+    shape = Shape(dim=128, hidden_dim=384, n_heads=4, n_kv_heads=4, head_dim=32, n_layers=60, max_seq_len=1024)
     small = small_model(shape, Kind("f32"))
     model, tokens = small.model(threads=1), random_tokens(small, 517)
     sequence = model.sequence()
     model.step([(sequence, tokens[:5], None, "none")])
-    # The thread gets to run when the step gives up the GIL, so the signal comes while layers are being computed. (Should
-    # it come between two steps after all, Python itself raises, and the next loop would show nothing new.)
-    thread = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
+    about_to_step = threading.Event()
+
+    def interrupt() -> None:
+        about_to_step.wait()  # and for the GIL, which the step gives up while layers are being computed
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        thread.start()
+        about_to_step.set()
+        # A step that ignored the signal would complete, and leave its tokens in the sequence.
         for _ in range(1000):
             model.step([(sequence, tokens[5:], None, "none")])
             sequence.truncate(5)
     thread.join()
-    sequence.truncate(5)
     assert sequence.tokens == tokens[:5].tolist()
     found = model.step([(sequence, tokens[5:15], None, "all")])[0].logits
     assert np.array_equal(found, all_logits(model, tokens[:15])[5:])
