@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .common.errors import ModelFormatError, PyllamaError
+from .common.errors import PyllamaError
 from .common.formats import FORMATS, VERSION
 from .common.model_folder import ModelFolder, is_model_folder, read_model_folder
 from .common.reader import read_json
@@ -44,16 +45,8 @@ class OpenedModel:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end a reply: all that config, tokenizer and generation_config.json name."""
-        named = self.generation_config.get("eos_token_id")
-        listed = named if isinstance(named, list) else [] if named is None else [named]
-        size = self.config["vocab_size"]
-        for token in listed:
-            if type(token) is not int or not 0 <= token < size:
-                raise ModelFormatError(
-                    f"{self.path / 'generation_config.json'}: eos_token_id {token!r} is not in the vocabulary of {size}"
-                )
-        return frozenset(listed) | frozenset(self.config["eos_token_ids"]) | frozenset(self.tokenizer.eos_ids)
+        """Tokens that end a reply; the tokenizer knows those of its files and of generation_config.json."""
+        return frozenset(self.config["eos_token_ids"]) | frozenset(self.tokenizer.eos_ids)
 
     def native_config(self, n_ctx: int) -> dict[str, Any]:
         """The config in the engine's words, for contexts of at most `n_ctx` tokens."""
@@ -173,8 +166,9 @@ def _converted(source: Path, format: str | None) -> Path:
             plan = make_plan(opened, format=format)
             message = f"converting {source} once, {plan.payload_bytes / 1e6:.0f} MB of {plan.format}, into {target}"
             print(message, file=sys.stderr, flush=True)
-            # what lies there without being a model folder is the rest of something that broke
-            write_plan(plan, target, overwrite=True, progress=_show_progress if sys.stderr.isatty() else None)
+            if target.exists():  # the cache is ours: what is no model in it is the rest of something that broke
+                shutil.rmtree(target)
+            write_plan(plan, target, progress=_show_progress if sys.stderr.isatty() else None)
     return target
 
 

@@ -1,4 +1,4 @@
-"""SamplingParams: every check, and where defaults come from. What the fields do to logits is tested with the sampler."""
+"""SamplingParams: every check, and where defaults come from. What the fields do to logits: test_sampler.py."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class FakeSequence:
 
 
 class FakeModel:
-    """Counts steps; `trouble(n)` is called before the n-th step, `after(n)` when its effects are there but not returned."""
+    """Calls `trouble(n)` before the n-th step, `after(n)` when its effects are there but not returned yet."""
 
     def __init__(self, max_batch_tok: int = 8) -> None:
         self.max_batch_tok = max_batch_tok

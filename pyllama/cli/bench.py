@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .options import positive
+from .options import UsageError, positive
 
 _PROBE_S = 0.4  # seconds of each measurement of the machine
 _N_CTX = 8192
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     tests = [Test(n, 0, d) for d in arguments.n_depth for n in arguments.n_prompt if n]
     tests += [Test(0, n, d) for d in arguments.n_depth for n in arguments.n_gen if n]
     if not tests:
-        raise ValueError("nothing to measure: both -p and -n are 0")
+        raise UsageError("nothing to measure: both -p and -n are 0")
     opened, label = _open(arguments)
     records = []
     for threads in arguments.threads:
@@ -87,19 +87,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Any, str]:
+    from ..common.formats import FORMATS
     from ..open import open_model
-    from ..synthetic import synthetic_model
+    from ..synthetic import SHAPES, synthetic_model
 
     if arguments.synthetic is None:
         if arguments.format or arguments.group_size:
-            raise ValueError("--format and --group-size go with --synthetic; a model file has its own")
+            raise UsageError("--format and --group-size go with --synthetic; a model file has its own")
         opened = open_model(arguments.model or "demo")
         return opened, str(opened.config.get("source", {}).get("name") or opened.path.name)
     if arguments.model is not None:
-        raise ValueError("name a MODEL or give --synthetic, not both")
+        raise UsageError("name a MODEL or give --synthetic, not both")
     format, group = arguments.format or "q4", arguments.group_size or 32
     if group not in (32, 64, 128):
-        raise ValueError(f"--group-size {group}: expected 32, 64 or 128")
+        raise UsageError(f"--group-size {group}: expected 32, 64 or 128")
+    if arguments.synthetic not in SHAPES or format not in FORMATS:
+        raise UsageError(f"--synthetic takes {' '.join(SHAPES)}, --format {' '.join(FORMATS)}")
     print(f"making a random {arguments.synthetic} model in {format} …", file=sys.stderr, flush=True)
     opened = synthetic_model(arguments.synthetic, format, group, max_seq_len=_N_CTX)
     return opened, f"{arguments.synthetic} {format} g{group}"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import bench, chat, doctor, generate, info
+from .options import UsageError
 
 _EPILOG = """\
 MODEL is a model folder, a .gguf file, a Hugging Face folder, or "demo" (also when left out).
@@ -69,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if os.environ.get("PYLLAMA_DEBUG", "0") not in ("", "0"):
             raise
         print(f"pyllama: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,6 +22,10 @@ _SAMPLING: tuple[tuple[str, type, str, str], ...] = (
 )
 
 
+class UsageError(ValueError):
+    """Options that parse, but cannot be: exit code 2."""
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL and the options of opening it."""
     parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help='folder, .gguf file or "demo"')
@@ -50,13 +54,16 @@ def positive(text: str) -> int:
 
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was given on the command line, as keyword arguments of SamplingParams; checked before a model is opened."""
-    from ..sampling import SamplingParams
+    from ..sampling import ParameterError, SamplingParams
 
     names = [name for name, *_ in _SAMPLING] + ["stop"]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.ignore_eos:
         given["ignore_eos"] = True
-    SamplingParams(**given)
+    try:
+        SamplingParams(**given)
+    except ParameterError as error:
+        raise UsageError(str(error)) from None
     return given
 
 
