@@ -393,14 +393,14 @@ def _wrong_shape(
 def _check_rest(family: Family, left: dict[str, StoredTensor], where: str) -> None:
     """Refuses tensors that are neither ignored nor, where they must be, all zero."""
     ignored, zero_only = _matcher(family.ignored), _matcher(family.zero_only)
-    for name, tensor in left.items():
-        if ignored.fullmatch(name):
-            continue
-        if not zero_only.fullmatch(name):
-            more = f" (and {len(left) - 1} more that were not expected)" if len(left) > 1 else ""
-            raise ModelFormatError(
-                f"{where}: tensor {shown(name)}{more} does not belong to a {family.architecture} model"
-            )
+    extra = {name: tensor for name, tensor in left.items() if not ignored.fullmatch(name)}
+    strange = [name for name in extra if not zero_only.fullmatch(name)]
+    if strange:
+        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        raise ModelFormatError(
+            f"{where}: tensor {shown(strange[0])}{more} does not belong to a {family.architecture} model"
+        )
+    for name, tensor in extra.items():
         if tensor.data().any():
             raise ModelFormatError(f"{where}: tensor {name} is not zero; a bias there is not supported in this version")
 

@@ -412,6 +412,10 @@ BAD_HF_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         },
         r"high_freq_factor: found 1, expected more",
     ),
+    "rope told twice": (
+        {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 4}},
+        r"rope_scaling .* and rope_parameters .* disagree",
+    ),
     "rope_parameters as list": ({"rope_parameters": []}, r"rope_parameters: found \[\]"),
     "bos beyond the vocabulary": ({"bos_token_id": 9}, r"bos_token_id: found 9, expected an integer of 0 to 8"),
     "eos list with text": ({"eos_token_id": [2, "3"]}, r"eos_token_id: found \[2, '3'\]"),

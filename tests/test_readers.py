@@ -164,6 +164,11 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"rope_type": "linear", "factor": 2.0}),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 10000.0, {"rope_type": "llama3", **LLAMA3}),
         ({"rope_scaling": {"rope_type": "default"}}, 10000.0, None),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 300}},
+            300.0,
+            {"rope_type": "linear", "factor": 2.0},
+        ),
         ({"rope_theta": ..., "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}, 7e4, None),
         (
             {"rope_theta": ..., "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},

@@ -31,7 +31,7 @@ _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 def shown(text: object, limit: int = 80) -> str:
     """`text` from an untrusted file, safe to print on one line: quoted, escaped and cut."""
-    quoted = ascii(text)
+    quoted = ascii(text[:limit] if isinstance(text, (str, bytes)) else text)
     return quoted if len(quoted) <= limit else quoted[:limit] + "…"
 
 

@@ -85,9 +85,8 @@ def read_safetensors(path: str | os.PathLike[str], *, use_mmap: bool = True) -> 
         )
     if header_bytes > file.size - 8:
         file.fail(f"header claims {header_bytes} bytes, the file holds {file.size - 8} after its length; truncated?")
-    raw = file.read_at(8, header_bytes, "header")
     try:
-        text = raw.decode("utf-8")
+        text = str(file.map(8, header_bytes, what="header").data, "utf-8")
     except UnicodeDecodeError as error:
         file.fail(f"header is not valid UTF-8: {error.reason} at its byte {error.start}")
     header = _Header(file, text, 8 + header_bytes)

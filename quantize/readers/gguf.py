@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .source import Source, StoredTensor
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_ENTRIES = 1 << 16  # metadata entries, and tensors
-MAX_ELEMENTS = 1 << 24  # of all metadata arrays together; vocabularies with merges hold some 10^6
+MAX_ELEMENTS = 1 << 22  # of all metadata arrays together; the largest vocabularies with merges hold 1.5 million
 MAX_STRING_BYTES = 1 << 24
 MAX_NAME_BYTES = 255
 MAX_ARRAY_DEPTH = 4
@@ -118,7 +119,9 @@ class _Metadata:
             return self.cursor.string(MAX_STRING_BYTES, what)
         if kind == _ARRAY:
             return self._array(what, depth + 1)
-        return self._scalars(kind, 1, what)[0]
+        (value,) = self._scalars(kind, 1, what)
+        # The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06.
+        return float(str(np.float32(value))) if _SCALARS[kind] == "<f4" else value
 
     def _array(self, what: str, depth: int) -> list[Any]:
         if depth > MAX_ARRAY_DEPTH:
@@ -147,10 +150,7 @@ class _Metadata:
             if count and raw.max() > 1:
                 self.cursor.fail(f"{what} holds the byte {int(raw.max())}, expected 0 or 1 for a boolean")
             return list(raw.astype(bool).tolist())
-        values = self.cursor.array(_SCALARS[kind], count, what)
-        if kind == 6 and count == 1:  # the shortest decimal that is this float32: 1e-05, not 9.99999974e-06
-            return [float(str(values[0]))]
-        return list(values.tolist())
+        return list(self.cursor.array(_SCALARS[kind], count, what).tolist())
 
 
 def _alignment(file: BoundedFile, metadata: dict[str, Any]) -> int:
@@ -348,7 +348,7 @@ def _identity(file: BoundedFile) -> dict[str, Any]:
     head.update(str(file.size).encode())
     return {
         "kind": "gguf",
-        "name": file.path.resolve().name,
+        "name": os.path.basename(os.path.abspath(file.path)),  # a link's own name: in a cache, its target's is a hash
         "size_bytes": file.size,
         "mtime_ns": file.mtime_ns,
         "sha256_head": head.hexdigest(),

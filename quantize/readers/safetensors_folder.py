@@ -7,6 +7,7 @@ Quantized Hugging Face checkpoints and PyTorch files are refused. The container 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.reader import BoundedFile, read_bytes, read_json, shown
+from pyllama.common.reader import BoundedFile, Bytes, read_bytes, read_json, shown
 from pyllama.common.safetensors import SafetensorsFile, read_safetensors
 
 from ..families import Family, Fields, base_config, bind, check_rope_scaling, find_family
@@ -58,7 +59,7 @@ def open_safetensors(folder: Path, single: Path | None = None) -> Source:
     _check_tied(family, config, stored, str(config_path))
     tensors = bind(family, config, stored, str(folder), biases=biases)
     used = [config_path, *paths, *(folder / name for name in TOKENIZER_FILES if (folder / name).exists())]
-    identity = _identity((single or folder).resolve().name, used)
+    identity = _identity(os.path.basename(os.path.abspath(single or folder)), used)
     return Source("safetensors", config, tensors, generation, identity, lambda: _tokenizer_files(folder))
 
 
@@ -72,19 +73,28 @@ def _canonical_config(raw: Mapping[str, Any], where: str) -> tuple[Family, dict[
     if rope is not None and not isinstance(rope, dict):
         raise ModelFormatError(f"{where}: rope_parameters: found {shown(rope)}, expected an object")
     values = dict(raw)
-    scaling = raw.get("rope_scaling")
-    if rope:  # the newer spelling holds base and scaling in one object
-        if rope.get("rope_theta") is not None:
-            values["rope_theta"] = rope["rope_theta"]
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if rope and rope.get("rope_theta") is not None:
+        values["rope_theta"] = rope["rope_theta"]
     fields = Fields(values, where, family.defaults)
     config = base_config(family, fields)
     _refuse_variants(fields, config, rope or {})
-    config["rope_scaling"] = check_rope_scaling(scaling, f"{where}: rope_scaling")
+    config["rope_scaling"] = _rope_scaling(raw.get("rope_scaling"), rope or {}, where)
     config["tied_embeddings"] = fields.flag("tie_word_embeddings")
     config["bos_token_id"] = fields.token("bos_token_id", config["vocab_size"])
     config["eos_token_ids"] = fields.tokens("eos_token_id", config["vocab_size"])
     return family, config, fields.flag("attention_bias")
+
+
+def _rope_scaling(older: Any, newer: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """The scaling in `rope_scaling` or in the newer `rope_parameters`, which holds the base too; both must agree."""
+    scaling = check_rope_scaling(older, f"{where}: rope_scaling")
+    if "rope_type" not in newer and "type" not in newer:
+        return scaling
+    given = {key: value for key, value in newer.items() if key != "rope_theta"}
+    newer_scaling = check_rope_scaling(given, f"{where}: rope_parameters")
+    if older is not None and scaling != newer_scaling:
+        raise ModelFormatError(f"{where}: rope_scaling {shown(older)} and rope_parameters {shown(given)} disagree")
+    return newer_scaling
 
 
 def _refuse_variants(fields: Fields, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
@@ -176,8 +186,14 @@ def _check_tied(family: Family, config: Mapping[str, Any], stored: dict[str, Sto
         return
     copy, original = stored.pop(head), stored[embedding]
     same = copy.shape == original.shape and copy.type_name == original.type_name
-    if not same or not np.array_equal(copy.data(), original.data()):
+    if not same or not _equal_bytes(copy.data(), original.data()):
         raise ModelFormatError(f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}")
+
+
+def _equal_bytes(a: Bytes, b: Bytes) -> bool:
+    """In steps, because comparing makes an array as long as what it compares."""
+    step = 1 << 22
+    return a.size == b.size and all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))
 
 
 def _identity(name: str, paths: list[Path]) -> dict[str, Any]:
