@@ -40,7 +40,7 @@ from .writer import GENERATION_FILE, FolderWriter, check_output
 
 DEFAULT_FORMAT = "q8"  # of matrices on no grid of ours, when no format is asked for
 DEFAULT_GROUP = 32
-_BLOCK_WEIGHTS = 1 << 22  # 16 MiB of float32
+_BLOCK_WEIGHTS = 1 << 21  # 8 MiB of float32
 
 
 @dataclass(frozen=True)

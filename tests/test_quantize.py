@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import struct
+import tracemalloc
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,23 @@ def test_big_tensors_go_through_in_blocks(tmp_path: Path, monkeypatch: pytest.Mo
         assert [step.done for step in steps] == sorted({step.done for step in steps})
         assert steps[-1].done == steps[-1].total
         assert len(steps) > len(read_model_folder(whole).tensors)
+
+
+@pytest.mark.parametrize("format", ["q8", "f16"])
+def test_memory_holds_a_payload_and_a_block(format: str, tmp_path: Path) -> None:
+    shape = Shape(dim=64, n_layers=1, vocab_size=150_000, tied=True)
+    weights = {name: np.zeros(sides, np.float32) for name, sides in shape.tensors().items()}
+    make.write_hf_folder(tmp_path / "hf", shape, weights, dtype="BF16")
+    tracemalloc.start()
+    try:
+        out = convert(tmp_path / "hf", tmp_path / "out", format=format)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    payload_bytes = read_model_folder(out).tensors["tok_embeddings"].spec.payload_bytes
+    # A block has 2^21 weights, the tensor 4.6 blocks. Of a block there are its float32 values, the same rounded, a copy
+    # to look for infinities and one to reorder.
+    assert peak_bytes < payload_bytes + 16 * 2**21
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
