@@ -107,4 +107,13 @@ def _yarn_attention(scaling: Mapping[str, Any], factor: float) -> float:
     return scale(1.0)
 
 
-_SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _factors(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
+    """Each frequency is divided by a factor of its own: what GGUF files carry as rope_freqs.weight."""
+    factors = scaling.get("factors")
+    if not isinstance(factors, list) or len(factors) != len(plain):
+        raise ModelFormatError(f"rope_scaling: factors is not a list of {len(plain)} numbers, one for each pair")
+    divisors = [_number({"factors": factor}, "factors") for factor in factors]
+    return plain / np.array(divisors, dtype=np.float64), 1.0
+
+
+_SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _factors}

@@ -71,6 +71,14 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:
     assert factor == pytest.approx(0.1 * math.log(16) + 1)
 
 
+def test_factors_divide_pair_by_pair() -> None:
+    factors = [1.0 + i / 7 for i in range(32)]
+    values, factor = inv_freq(config(scaling={"rope_type": "factors", "factors": factors}))
+    expected = [1.0 / (10000.0 ** (2 * i / 64) * factors[i]) for i in range(32)]
+    np.testing.assert_allclose(values, expected, rtol=1e-7)
+    assert factor == 1.0
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -83,6 +91,8 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor is -1"),
         ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor is nan"),
+        ({"rope_scaling": {"rope_type": "factors", "factors": [1.0] * 31}}, "factors is not a list of 32 numbers"),
+        ({"rope_scaling": {"rope_type": "factors", "factors": [1.0] * 31 + ["2"]}}, "factors is '2'"),
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"rope_theta": True}, "rope_theta is True"),
         ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2}}, "expected more than 1"),
