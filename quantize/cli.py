@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ from pyllama.common.formats import FORMATS, GROUPS
 
 from .convert import Plan, check_request, make_plan, write_plan
 from .methods import METHODS
-from .readers import open_source
+from .readers import SourceTensor, open_source
 from .verify import verify
 from .writer import check_output
 
@@ -171,6 +172,7 @@ def _run_convert(arguments: list[str]) -> int:
         method=options.method,
         tensor_types=options.tensor_type,
     )
+    _warn_of_second_rounding(plan)
     if options.dry_run or out is None:
         _print_summary(plan, None, 0.0, options.json)
         return EXIT_OK
@@ -178,6 +180,22 @@ def _run_convert(arguments: list[str]) -> int:
         write_plan(plan, out, overwrite=options.overwrite, progress=lambda p: report(p.done, p.total, p.name))
     _print_summary(plan, out, time.monotonic() - started, options.json)
     return EXIT_OK
+
+
+def _warn_of_second_rounding(plan: Plan) -> None:
+    again = sorted(
+        {item.source.dtype for item in plan.tensors if item.how == "quantize" and _is_quantized(item.source)}
+    )
+    if again:
+        print(
+            f"quantize: note: {' and '.join(again)} matrices are rounded a second time; "
+            "a checkpoint in f16 or bf16 would give a better model",
+            file=sys.stderr,
+        )
+
+
+def _is_quantized(tensor: SourceTensor) -> bool:
+    return tensor.n_bytes * 8 < 16 * math.prod(tensor.shape)
 
 
 def _print_summary(plan: Plan, out: Path | None, seconds: float, as_json: bool) -> None:

@@ -319,6 +319,15 @@ def test_results_as_json(source: Path, place: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["n_weights"] == result["n_weights"]
 
 
+def test_a_second_rounding_is_mentioned(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make.write_gguf(place / "m.gguf", TINY, make.random_weights(TINY), "Q4_0")
+    for harmless in ((), ("--format", "q8"), ("--format", "q4"), ("--format", "f16")):
+        assert run(source, "--dry-run", *harmless) == 0
+        assert capsys.readouterr().err == ""
+    assert run(source, "--dry-run", "--format", "q4nl") == 0
+    assert capsys.readouterr().err.startswith("quantize: note: Q4_0 matrices are rounded a second time")
+
+
 @pytest.mark.parametrize("with_output", [False, True])
 def test_dry_run_writes_nothing(
     with_output: bool, source: Path, place: Path, capsys: pytest.CaptureFixture[str]
