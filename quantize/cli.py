@@ -183,9 +183,8 @@ def _run_convert(arguments: list[str]) -> int:
 
 
 def _warn_of_second_rounding(plan: Plan) -> None:
-    again = sorted(
-        {item.source.dtype for item in plan.tensors if item.how == "quantize" and _is_quantized(item.source)}
-    )
+    coarse = [item for item in plan.tensors if item.how == "quantize" and item.spec.info.code_bits < 8]
+    again = sorted({item.source.dtype for item in coarse if _is_quantized(item.source)})
     if again:
         print(
             f"quantize: note: {' and '.join(again)} matrices are rounded a second time; "
