@@ -173,6 +173,13 @@ T config_value(const py::dict& config, const char* key, const char* expected) {
   }
 }
 
+bool config_flag(const py::dict& config, const char* key) {
+  const auto value = config_value<py::object>(config, key, "true or false");
+  check(py::isinstance<py::bool_>(value), "config: ", key, " is ", std::string(py::repr(value)),
+        ", expected true or false");
+  return value.cast<bool>();
+}
+
 Config read_config(const py::dict& dict) {
   const auto count = [&](const char* key) { return config_value<int>(dict, key, "an integer"); };
   Config c;
@@ -214,9 +221,7 @@ std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& w
     tensors[py::str(name)] = expect<PyWeight>(weight, "a Weight").weight;
     self->weights.push_back(py::reinterpret_borrow<py::object>(weight));
   }
-  const bool tied = config_value<py::object>(config, "tied_embeddings", "true or false").is(py::bool_(true));
-  check(tied || config["tied_embeddings"].is(py::bool_(false)), "config: tied_embeddings is ",
-        std::string(py::repr(config["tied_embeddings"])), ", expected true or false");
+  const bool tied = config_flag(config, "tied_embeddings");
   CpuOptions options;
   options.threads = self->threads;
   options.isa = self->isa.c_str();
