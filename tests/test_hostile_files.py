@@ -301,6 +301,19 @@ BAD_GGUF_MODELS: dict[str, tuple[dict[str, Any], str]] = {
         {"llama__rope__scaling__type": (STRING, "linear"), "llama__rope__scaling__factor": (F32, float("nan"))},
         r"scaling.factor: found nan",
     ),
+    "rope factor for attention without yarn": (
+        {"llama__rope__scaling__attn_factor": (F32, 2.0)},
+        r"attn_factor: found without yarn",
+    ),
+    "yarn mixed by half": (
+        {
+            "llama__rope__scaling__type": (STRING, "yarn"),
+            "llama__rope__scaling__factor": (F32, 4.0),
+            "llama__rope__scaling__yarn_ext_factor": (F32, 0.5),
+        },
+        r"yarn_ext_factor: found 0.5, only 1",
+    ),
+    "clamped keys": ({"llama__attention__clamp_kqv": (F32, 8.0)}, r"clamp_kqv: found 8.0, only 0"),
     "attention scale": ({"llama__attention__scale": (F32, 0.5)}, r"attention.scale: found 0.5"),
     "bos beyond the vocabulary": ({"tokenizer__ggml__bos_token_id": (U32, 9)}, r"bos_token_id: found 9, expected .* 8"),
     "eos of 2^32 - 1": ({"tokenizer__ggml__eos_token_id": (U32, 2**32 - 1)}, r"eos_token_id: found 4294967295"),
@@ -353,6 +366,24 @@ def test_gguf_values_that_are_not_finite(tmp_path: Path, kind: str, bad: float) 
     found = open_source(path).tensors["layers.0.wk"]
     refused(lambda _: found.read(), path, r"'blk.0.attn_k.weight' \(layers.0.wk\): \d+ of 512 values are not finite")
     refused(lambda _: found.read_packed(), path, r"\(layers.0.wk\): 1 of \d+ (values|scales) are not finite")
+
+
+def test_yarn_together_with_factors(tmp_path: Path) -> None:
+    factors = GgufTensor("rope_freqs.weight", (8,), 0, np.full(8, 2, "<f4").tobytes())
+    changes: dict[str, Any] = {
+        "llama__rope__scaling__type": (STRING, "yarn"),
+        "llama__rope__scaling__factor": (F32, 4.0),
+    }
+    path = make.write_gguf(tmp_path / "bad.gguf", SMALL, WEIGHTS, extra=[factors], **changes)
+    refused(open_source, path, r"yarn together with the tensor rope_freqs.weight")
+
+
+def test_arrays_that_are_too_long_together(tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    half = struct.pack("<IIQ", ARRAY, U8, (1 << 21) + 1) + bytes((1 << 21) + 1)
+    path.write_bytes(meta(make.gguf_string("k") + half, make.gguf_string("l") + half))
+    with pytest.raises(ModelFormatError, match=r"'l': arrays hold more than 4194304 elements together"):
+        read_gguf(path)
 
 
 def test_q4_1_minimum_that_is_not_finite(tmp_path: Path) -> None:
@@ -542,6 +573,25 @@ def test_bad_shards(tmp_path: Path) -> None:
     index_path.write_text(json.dumps(index))
     (folder / first).unlink()
     refused(open_source, folder, rf"{first}: is missing; model.safetensors.index.json lists it for \d+ tensors")
+
+
+def test_too_many_shards(tmp_path: Path) -> None:
+    folder = make.write_hf_folder(tmp_path / "bad-model", SMALL, WEIGHTS, shards=2)
+    index = {"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(4097)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(open_source, folder, r"index.json: lists 4097 files, at most 4096")
+
+
+@pytest.mark.parametrize("vectored", [True, False])
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vectored: bool) -> None:
+    if not vectored:  # as on systems without preadv
+        monkeypatch.delattr(os, "preadv")
+    path = tmp_path / "shrinking"
+    path.write_bytes(bytes(range(100)))
+    file = BoundedFile(path, use_mmap=False)
+    assert file.map(90, 10).tobytes() == bytes(range(90, 100))
+    os.truncate(path, 60)
+    refused(lambda _: file.map(50, 50), path, r"ends at offset 60, expected 100; the file shrank")
 
 
 def test_tokenizer_file_beyond_its_cap(tmp_path: Path) -> None:

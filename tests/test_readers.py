@@ -7,6 +7,7 @@ stock libraries: tests/oracles/test_readers_reference.py.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import tracemalloc
@@ -390,6 +391,22 @@ PAIRS = Shape().head_dim // 2
             None,
             {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
         ),
+        (
+            {
+                "llama.rope.scaling.type": (make.STRING, "yarn"),
+                "llama.rope.scaling.factor": (make.F32, 4.0),
+                "llama.rope.scaling.attn_factor": (make.F32, 2.0),
+                "llama.rope.scaling.yarn_beta_fast": (make.F32, 16.0),
+                "llama.rope.scaling.yarn_ext_factor": (make.F32, 1.0),
+            },
+            None,
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "attention_factor": 2.0 * (0.1 * math.log(4.0) + 1.0),
+                "beta_fast": 16.0,
+            },
+        ),
         ({}, [1.0] * PAIRS, None),
         ({}, [1.0] * 4 + [8.0] * 4, {"rope_type": "factors", "factors": [1.0] * 4 + [8.0] * 4}),
         (
@@ -419,6 +436,28 @@ def test_gguf_reads_config_of_older_and_newer_writers(tmp_path: Path) -> None:
     }
     path = make.write_gguf(tmp_path / "m.gguf", shape, make.random_weights(shape), "F16", **changes)
     assert open_source(path).config == shape.config() | {"eos_token_ids": [2, 7]}
+
+
+def test_gguf_without_a_vocabulary_or_with_trailing_dimensions(tmp_path: Path) -> None:
+    shape = Shape()
+    weights = make.random_weights(shape)
+    tensors = make.llama_tensors(shape, weights, "F16")
+    for tensor in tensors:
+        if len(tensor.dims) == 2:
+            tensor.dims = (*tensor.dims, 1, 1)
+    path = tmp_path / "m.gguf"
+    entries = make.llama_entries(shape, **{"tokenizer.ggml.tokens": None, "llama.vocab_size": None})
+    path.write_bytes(make.gguf_bytes(entries, tensors))
+    assert open_source(path).config == shape.config()
+    equal_values(open_source(path).tensors, weights)
+
+
+def test_no_packed_numbers_without_a_grid(tmp_path: Path) -> None:
+    tensors = open_source(make.write_gguf(tmp_path / "m.gguf", WIDE, make.random_weights(WIDE), "Q6_K")).tensors
+    for name in ("layers.0.wq", "norm"):
+        with pytest.raises(ValueError, match=rf"{name}: .* has no grid of ours; use read"):
+            tensors[name].read_packed()
+    assert repr(tensors["layers.0.wq"]) == "SourceTensor(layers.0.wq, Q6_K, [256, 256])"
 
 
 def test_gguf_tokenizer_files_come_from_the_vocabulary(tmp_path: Path) -> None:

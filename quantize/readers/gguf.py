@@ -307,6 +307,8 @@ def _rope_scaling(fields: Fields, gguf: GgufFile, config: dict[str, Any]) -> dic
         if factors is not None:
             fields.fail(prefix + "type", "yarn together with the tensor rope_freqs.weight is not supported")
         return check_rope_scaling(_yarn(fields, prefix, factor), f"{fields.where}: {prefix[:-1]}")
+    if fields.number(prefix + "attn_factor", 0.0, 1e6, 1.0) != 1.0:
+        fields.fail(prefix + "attn_factor", "found without yarn, which is not supported")
     linear = factor if kind != "none" else 1.0
     if factors is not None:
         return _rope_factors(fields, factors, config["head_dim"] // 2, linear)
