@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 model=${DEMO_MODEL:-demo-model}
 question="What is the capital of France?"
+# Named, because under its built-in system prompt this small model wavers between English and French on this question.
+system="You are a helpful AI assistant."
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
@@ -31,9 +33,9 @@ else
 fi
 
 say "$question"
-"$venv/bin/pyllama" chat "$model" -p "$question" --temperature 0 --max-tokens 64 </dev/null
+"$venv/bin/pyllama" chat "$model" --system "$system" -p "$question" --temperature 0 --max-tokens 64 </dev/null
 
 if [ -t 0 ] && [ -t 1 ]; then
   say "chat with it (/help for help, Ctrl-D to leave)"
-  exec "$venv/bin/pyllama" chat "$model"
+  exec "$venv/bin/pyllama" chat "$model" --system "$system"
 fi
