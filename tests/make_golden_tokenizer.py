@@ -61,11 +61,13 @@ def main() -> None:
         "<|im_start|>  1<|im_end|>2",
         "<repo_name>x<|im_end|",
     ]
-    golden = [[text, reference(text)["input_ids"]] for text in texts]
+    ids = [reference(text)["input_ids"] for text in texts]
+    # Not always the text again: the vocabulary lacks a few control characters, and the model never sees those.
+    golden = [[text, its, reference.decode(its)] for text, its in zip(texts, ids, strict=True)]
     data = json.dumps(golden, ensure_ascii=True, separators=(",", ":")).encode("ascii")
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_bytes(gzip.compress(data, 9, mtime=0))
-    print(f"{GOLDEN}: {len(golden)} strings, {sum(len(ids) for _, ids in golden)} ids, {GOLDEN.stat().st_size} bytes")
+    print(f"{GOLDEN}: {len(golden)} strings, {sum(map(len, ids))} ids, {GOLDEN.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
