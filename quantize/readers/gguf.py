@@ -237,7 +237,7 @@ def open_gguf(path: str | Path) -> Source:
     config["eos_token_ids"] = list(dict.fromkeys(end for end in ends if end is not None))
     biases = any(family.layer[bias].format(i=0) in gguf.tensors for bias in ("bq", "bk", "bv"))
     tensors = bind(family, config, gguf.tensors, where, biases=biases)
-    return Source("gguf", config, tensors, {}, _identity(gguf.file), lambda: _tokenizer_files(metadata))
+    return Source("gguf", config, tensors, {}, _identity(gguf.file), lambda: _tokenizer_files(metadata, where))
 
 
 def _uniform(metadata: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
@@ -357,7 +357,10 @@ def _identity(file: BoundedFile) -> dict[str, Any]:
     }
 
 
-def _tokenizer_files(metadata: dict[str, Any]) -> dict[str, bytes]:
+def _tokenizer_files(metadata: dict[str, Any], where: str) -> dict[str, bytes]:
     from .gguf_vocab import tokenizer_files
 
-    return tokenizer_files(metadata)
+    try:
+        return tokenizer_files(metadata)
+    except ModelFormatError as error:  # it knows no file
+        raise ModelFormatError(f"{where}: {error}") from None
