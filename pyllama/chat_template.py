@@ -22,7 +22,7 @@ from .tokenizer import Tokenizer, check_text
 
 MAX_OUTPUT_CHARS = 1 << 20
 OUTPUT_PER_INPUT = 16
-MAX_STEPS = 2_000_000
+MAX_STEPS = 1_000_000
 STEPS_PER_INPUT = 1_000
 MAX_SECONDS = 10.0
 _JSON_LIMIT_BYTES = 16 << 20
@@ -102,7 +102,8 @@ class ChatTemplate:
                 for part in self._template.generate(values):
                     parts.append(part)
                     length += len(part)
-                    account.text(length)
+                    account.limit(length)
+                    account.charge(len(part) >> 4)
         except RefusedError as error:
             raise ValueError(f"the model's chat template refuses these messages: {error.message}") from None
         except LimitError as error:

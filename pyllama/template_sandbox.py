@@ -113,10 +113,14 @@ class Account:
         if self._clock() > self._end:
             raise LimitError("it takes too long")
 
-    def text(self, length: int) -> None:
-        """Charges for a text that is about to be, or has just been made."""
+    def limit(self, length: int) -> None:
+        """Refuses a text that is too long, free of charge."""
         if length > self.max_text:
             raise LimitError(f"it makes a text of {length} characters, at most {self.max_text} are allowed")
+
+    def text(self, length: int) -> None:
+        """Charges for a text that is about to be, or has just been made."""
+        self.limit(length)
         self.charge(length >> 4)
 
     def value(self, value: Any) -> None:
@@ -325,7 +329,8 @@ def _concat(values: Any) -> str:
         account.value(value)
         parts.append(str(value))
         length += len(parts[-1])
-        account.text(length)
+        account.limit(length)
+        account.charge(len(parts[-1]) >> 4)
     return "".join(parts)
 
 
