@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .common.errors import PyllamaError
 from .demo import demo_source
@@ -61,9 +61,15 @@ def _engine() -> list[Finding]:
     findings = [Finding("engine", "ok", described), _isa(runs, lacks)]
     threads = native.default_threads()
     findings.append(Finding("threads", "ok", _threads(threads)))
-    bandwidth = native.read_bandwidth(threads, _PROBE_S)
-    findings.append(Finding("bandwidth", "ok", f"{bandwidth:.1f} GB/s read with {threads} threads, measured now"))
-    return findings
+    return [*findings, _bandwidth(native, threads)]
+
+
+def _bandwidth(native: Any, threads: int) -> Finding:
+    try:
+        gb_per_s = native.read_bandwidth(threads, _PROBE_S)
+    except ValueError as error:  # an impossible PYLLAMA_ISA
+        return Finding("bandwidth", "missing", f"not measured: {error}")
+    return Finding("bandwidth", "ok", f"{gb_per_s:.1f} GB/s read with {threads} threads, measured now")
 
 
 def _isa(runs: list[str], lacks: list[str]) -> Finding:

@@ -6,7 +6,7 @@ Steps and threads are scheduler.py's, text is reply.py's, files are open.py's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -115,7 +115,9 @@ class LLM:
             raise ValueError(f"{len(prompts)} prompts but {len(choices)} sampling parameters")
         return self._run([self._reply(p, c, options) for p, c in zip(prompts, choices, strict=True)])
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> Generator[Piece, None, None]:
         """Like `generate` for one prompt, token by token: the pieces' texts joined are its text.
 
         Arguments are checked at once; the model starts with the first piece asked for. Leaving the loop ends the
@@ -134,7 +136,7 @@ class LLM:
 
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Like `chat`, token by token."""
         return self._pieces(self._reply(self.encode_chat(messages), params, options))
 
@@ -268,7 +270,7 @@ class LLM:
         self._finish([reply.request for reply in replies], all_through)
         return [reply.output() for reply in replies]
 
-    def _pieces(self, reply: Reply) -> Iterator[Piece]:
+    def _pieces(self, reply: Reply) -> Generator[Piece, None, None]:
         requests = [reply.request]
         try:
             self._scheduler.submit(requests)
@@ -293,7 +295,9 @@ class Session:
 
         llm._scheduler.run_alone(make)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> Generator[Piece, None, None]:
         """Like `LLM.stream`; what the prompt has in common with what was computed before is not computed again."""
         if self._sequence is None:
             raise ValueError("this session is closed")

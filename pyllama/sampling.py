@@ -173,8 +173,9 @@ class SamplingParams:
         `do_sample: false` in the model's file means temperature 0. Raises ModelFormatError for an impossible value
         there.
         """
+        defaults = model_defaults(generation_config)
         changes: dict[str, Any] = {
-            name: model_defaults(generation_config).get(name, neutral)
+            name: defaults.get(name, neutral)
             for name, neutral in _NEUTRAL.items()
             if getattr(self, name) is None
         }

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from .options import add_model, add_sampling, open_llm, sampling_options
 
 if TYPE_CHECKING:
     from ..llm import LLM
-    from ..outputs import RequestOutput
+    from ..outputs import Piece, RequestOutput
     from .terminal import Screen
 
 HELP = """\
@@ -56,14 +56,17 @@ class Conversation:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.last = None
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Adds the user's turn and yields the answer's pieces; the answer, or what was written of it, becomes a turn.
 
-        Raises ContextLengthError, with the conversation as it was, when the turn does not fit.
+        Raises ContextLengthError at once, with the conversation as it was, when the turn does not fit.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         stream = self.session.stream(self.llm.encode_chat(messages), **self.options)
         self.messages = messages
+        return self._answer(stream)
+
+    def _answer(self, stream: Generator[Piece, None, None]) -> Generator[str, None, None]:
         written: list[str] = []
         try:
             for piece in stream:
@@ -71,9 +74,8 @@ class Conversation:
                 yield piece.text
             if self.session.reply is not None:
                 self.last = self.session.reply.output()
-        finally:
-            # a generator: left in the middle (Ctrl-C), it still must leave user and assistant in turns
-            stream.close()  # type: ignore[attr-defined]
+        finally:  # also when it is left in the middle: user and assistant take turns
+            stream.close()
             self.messages.append({"role": "assistant", "content": "".join(written)})
 
     def n_tok(self) -> int:
@@ -194,6 +196,6 @@ def _print_reply(conversation: Conversation, screen: Screen, text: str) -> bool:
     except KeyboardInterrupt:
         return True
     finally:
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
         screen.end_reply()
     return False

@@ -1,0 +1,409 @@
+"""The commands as people and scripts use them: stdout and stderr, exit codes, pipes, Ctrl-C, a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyllama import ContextLengthError, __version__
+from pyllama.cli.chat import Conversation, talk
+from pyllama.cli.main import main
+from pyllama.cli.terminal import Screen, history_path
+from tests import make_sources as make
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = ["--threads", "1", "--temperature", "0"]
+PYTHON = [sys.executable, "-m", "pyllama"]
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _no_debugging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PYLLAMA_DEBUG", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr("pyllama.cli.bench._PROBE_S", 0.02)
+    monkeypatch.setattr("pyllama.doctor._PROBE_S", 0.02)
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    """A small model of nonsense words, quick to open."""
+    return make.write_gguf(tmp_path / "small.gguf", make.Shape(), make.random_weights(make.Shape()), "Q4_0")
+
+
+def test_version_and_help(capsys: Captured) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyllama {__version__}\n"
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("chat", "generate", "bench", "info", "doctor", "exit codes", "PYLLAMA_DEBUG"))
+    for command in ("chat", "generate", "bench", "info", "doctor"):
+        assert main([command, "--help"]) == 0
+        assert "MODEL" in capsys.readouterr().out or command == "doctor"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["sing"],
+        ["generate"],
+        ["generate", "a", "b", "-p", "x"],
+        ["generate", "-p", "x", "--threads", "0"],
+        ["generate", "-p", "x", "--top-p", "7"],
+        ["generate", "-p", "x", "--temperature", "nan"],
+        ["chat", "--device", "tpu"],
+        ["bench", "-p", "-1"],
+        ["bench", "-p", "0", "-n", "0"],
+        ["bench", "--format", "q4"],
+        ["bench", "demo", "--synthetic", "1b"],
+        ["bench", "--synthetic", "3b"],
+        ["bench", "--synthetic", "1b", "--group-size", "48"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(argv: list[str], capsys: Captured) -> None:
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err
+
+
+@pytest.mark.parametrize("command", [["info"], ["chat", "-p", "x"], ["generate", "-p", "x"], ["bench"]], ids=" ".join)
+def test_an_error_is_one_line_and_1(command: list[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = [command[0], "nowhere.gguf", *command[1:]]
+    assert main(argv) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        "pyllama: nowhere.gguf: no such file or folder; expected a model folder, a .gguf file, a Hugging Face folder, "
+        'or "demo"\n'
+    )
+    monkeypatch.setenv("PYLLAMA_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(argv)
+
+
+def test_what_is_not_a_user_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyllama.cli.info.describe", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["info"])
+
+
+# -------------------------------------------------------------------------------- generate
+
+
+def test_generate(demo_model: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = str(demo_model)
+    assert main(["generate", model, "-p", "The capital of France is", "--max-tokens", "2", *FAST]) == 0
+    assert capsys.readouterr() == (" Paris.\n", "")
+    monkeypatch.setattr("sys.stdin", io.StringIO("The capital of France is"))
+    arguments = ["--max-tokens", "9", "--stop", ".", "--seed", "5", "--json", "--logprobs", "2"]
+    assert main(["generate", model, "-p", "-", *arguments, *FAST]) == 0
+    said = capsys.readouterr()
+    record = json.loads(said.out)
+    assert said.err == ""
+    assert (record["text"], record["finish_reason"], record["seed"]) == (" Paris", "stop", 5)
+    assert record["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    assert record["timings"]["decode_tok_per_s"] > 0
+    assert [entry["token"] for entry in record["logprobs"]] == [" Paris", "."]
+    assert [len(entry["top"]) for entry in record["logprobs"]] == [2, 2]
+
+
+def test_a_reader_that_leaves_is_no_error_to_show(gguf: Path) -> None:
+    command = [*PYTHON, "generate", str(gguf), "-p", "w3", "--ignore-eos", "--threads", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.read(5)
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+        assert process.wait(60) in (0, 1)  # 0: everything was in the pipe already
+    assert "Traceback" not in errors and "BrokenPipe" not in errors and "Exception" not in errors
+
+
+def test_ctrl_c_is_130(demo_model: Path) -> None:
+    command = [*PYTHON, "generate", str(demo_model), "-p", "Once", "--ignore-eos", *FAST]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.read(5)  # it is at work
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.stderr.read().decode() == "interrupted\n"
+        assert process.wait(60) == 130
+
+
+# -------------------------------------------------------------------------------- chat
+
+
+def test_one_question(demo_model: Path, capsys: Captured) -> None:
+    assert main(["chat", str(demo_model), "-p", "What is the capital of Germany?", *FAST]) == 0
+    said = capsys.readouterr()
+    assert "Berlin" in said.out and said.out.endswith("\n")
+    assert re.fullmatch(r"\[\d+ tokens, [\d.]+ tok/s · prompt \d+ tokens, [\d.]+ tok/s\]\n", said.err)
+
+
+def test_lines_from_a_pipe(demo_model: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = (
+        "What is the \\\ncapital of Germany?\n\nTell me more.\n/stats\n/sing\n/system Talk like a cat.\n/stats\n"
+    )
+    questions += "/clear\n/help\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(questions))
+    assert main(["chat", str(demo_model), "--max-tokens", "24", "--system", "You are helpful.", *FAST]) == 0
+    said = capsys.readouterr()
+    assert "Berlin" in said.out.splitlines()[0] and len(said.out.splitlines()) >= 2
+    assert said.err.count("tok/s]") == 2
+    assert "context: " in said.err and "unknown command /sing" in said.err and "forgotten" in said.err
+    assert "system prompt set" in said.err and "/clear        forget" in said.err
+    assert "tok/s" not in said.out and ">" not in said.out
+
+
+def test_a_model_without_a_template_says_so(gguf: Path, capsys: Captured) -> None:
+    assert main(["chat", str(gguf), "-p", "Hi"]) == 1
+    assert "no chat template" in capsys.readouterr().err
+
+
+class Script(Screen):
+    """A screen with prepared questions and answers; remembers everything."""
+
+    def __init__(self, lines: list[Any], confirms: bool = False) -> None:
+        self.lines = lines
+        self.confirms = confirms
+        self.written: list[str] = []
+        self.notes: list[str] = []
+
+    def read(self) -> str | None:
+        line = self.lines.pop(0) if self.lines else None
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def write(self, text: str) -> None:
+        self.written.append(text)
+
+    def end_reply(self) -> None:
+        self.written.append("\n")
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def confirm(self, question: str) -> bool:
+        self.notes.append(question)
+        return self.confirms
+
+
+@pytest.fixture
+def conversation(demo_model: Path) -> Iterator[Conversation]:
+    from pyllama import LLM
+
+    with LLM(demo_model, n_ctx=96, threads=1) as llm:
+        yield Conversation(llm, "Be brief.", {"temperature": 0, "max_tokens": 12})
+
+
+def test_turns_reuse_the_cache_and_give_what_chat_gives(conversation: Conversation) -> None:
+    first = "".join(conversation.ask("Hello"))
+    second = "".join(conversation.ask("Name a color."))
+    assert conversation.last is not None
+    prompt_tok = conversation.last.usage.prompt_tokens
+    assert conversation.last.timings.prompt_tok < prompt_tok / 2
+    assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [m["content"] for m in conversation.messages[2::2]] == [first, second]
+    assert conversation.llm.chat(conversation.messages[:-1], temperature=0, max_tokens=12).text == second
+
+
+def test_a_full_context_is_said_and_asked(conversation: Conversation) -> None:
+    conversation.options["max_tokens"] = 20
+    for text in ("Tell me a long story.", "Go on."):
+        list(conversation.ask(text))
+    before = list(conversation.messages)
+    with pytest.raises(ContextLengthError):
+        conversation.ask("And then? " * 9)
+    assert conversation.messages == before
+    screen = Script(["And then? " * 9], confirms=False)
+    assert talk(conversation, screen) == 0
+    assert any(note.startswith("the context is full") for note in screen.notes)
+    assert "not sent; /clear starts over" in screen.notes
+    assert conversation.messages == before and not screen.written
+    screen = Script(["And then? " * 9], confirms=True)
+    assert talk(conversation, screen) == 0
+    assert "".join(screen.written).strip()
+    assert conversation.messages[0]["role"] == "system" and len(conversation.messages) < len(before) + 2
+    talk(conversation, Script(["much too long " * 99], confirms=True))  # dropping everything does not help: it ends
+
+
+def test_ctrl_c_stops_only_the_reply(conversation: Conversation) -> None:
+    class Impatient(Script):
+        def write(self, text: str) -> None:
+            super().write(text)
+            if len(self.written) == 3:
+                raise KeyboardInterrupt
+
+    screen = Impatient(["Count to twenty.", KeyboardInterrupt(), "Hello"])
+    assert talk(conversation, screen) == 0
+    assert "[stopped]" in screen.notes
+    assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert conversation.messages[2]["content"] == "".join(screen.written[:3])
+    assert any("tok/s" in note for note in screen.notes)
+
+
+# Makes the terminal at stdin the session's own, so that Ctrl-C reaches the command, and becomes the command.
+ON_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+class Person:
+    """Types into a command that runs on a terminal, and reads what it shows."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self.side, other = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_TERMINAL, *command],
+            cwd=ROOT,
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(other)
+        self.seen = ""
+
+    def see(self, pattern: str) -> str:
+        """Reads until the pattern is there; returns what came up to it."""
+        end = time.monotonic() + 60
+        while not (found := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, f"never saw {pattern!r} in {self.seen!r}"
+            if select.select([self.side], [], [], 1)[0]:
+                try:
+                    self.seen += re.sub(
+                        r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(self.side, 4096).decode(errors="replace")
+                    )
+                except OSError:  # the other side is closed
+                    assert re.search(pattern, self.seen), f"ended without {pattern!r}: {self.seen!r}"
+        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return text
+
+    def type(self, text: str) -> None:
+        os.write(self.side, text.encode())
+
+    def __enter__(self) -> Person:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.side)
+
+
+def test_a_person_at_a_terminal(demo_model: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    command = [*PYTHON, "chat", str(demo_model), "--ignore-eos", "--max-tokens", "900", *FAST]
+    with Person(command, environment) as person:
+        person.see("/help for help")
+        person.see(">")
+        person.type("Write a poem about\x1b\rthe sea.\r")  # Alt-Enter goes on in the next line
+        person.see(r"the sea\.")
+        person.see(r"[a-z]{3,} [a-z]{2,} ")  # it answers
+        person.type("\x03")
+        person.see(r"\[stopped\]")
+        person.see(">")
+        person.type("/stats\r")
+        person.see("context: ")
+        person.see(">")
+        person.type("\x04")
+        assert person.process.wait(60) == 0
+    history = (tmp_path / "state" / "pyllama" / "chat_history").read_text()
+    assert "Write a poem about" in history and "the sea." in history and "/stats" in history
+
+
+def test_a_history_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert history_path() is None
+
+
+# -------------------------------------------------------------------------------- bench, info, doctor
+
+
+def test_bench_json(capsys: Captured) -> None:
+    argv = ["bench", "--synthetic", "135m", "--format", "q8", "-p", "4,8", "-n", "2", "-d", "64", "-r", "2", "-t", "1"]
+    assert main([*argv, "--parallel", "3", "-o", "json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [record["test"] for record in records] == ["pp4 @ d64", "pp8 @ d64", "tg2 @ d64"]
+    for record in records:
+        assert record["backend"] == "CPU" and record["n_threads"] == 1 and record["n_batch"] == 512
+        assert len(record["samples_ts"]) == 2 and record["avg_ts"] == pytest.approx(sum(record["samples_ts"]) / 2)
+        assert record["model_n_params"] == 134_515_008
+        assert record["model_size"] == pytest.approx(134.5e6 * 8.5 / 8, rel=0.001)
+        assert record["n_depth"] == 64
+    assert [(record["n_prompt"], record["n_gen"]) for record in records] == [(4, 0), (8, 0), (0, 2)]
+    assert 0 < records[2]["bandwidth_share"] < 3 and 0 < records[0]["peak_share"] < 1
+
+
+def test_bench_table_of_a_file(gguf: Path, capsys: Captured) -> None:
+    assert main(["bench", str(gguf), "-p", "8", "-n", "3", "-r", "1", "-t", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("| model | size | params | threads")
+    assert "| pp8 |" in lines[2] and "% of int8 peak" in lines[2]
+    assert "| tg3 |" in lines[3] and "% of read bandwidth" in lines[3]
+    assert main(["bench", str(gguf), "-p", "1000"]) == 1
+    assert "needs a context of 1000 tokens, the model has 128" in capsys.readouterr().err
+
+
+def test_info(demo_model: Path, gguf: Path, capsys: Captured) -> None:
+    assert main(["info", str(demo_model)]) == 0
+    text = capsys.readouterr().out
+    assert "134,515,008" in text and "8192 tokens" in text and "tokenizer.json" in text
+    assert re.search(r"chat template +yes", text) and re.search(r"q4a g32 +210 +106,168,320", text)
+    assert main(["info", str(gguf), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["config"]["dim"] == 64 and record["chat_template"] is False
+    assert sum(row["params"] for row in record["formats"].values()) == record["n_params"]
+    assert record["bits_per_weight"] == pytest.approx(8 * record["n_bytes"] / record["n_params"])
+
+
+def test_doctor(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYLLAMA_ISA", raising=False)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"{__version__}" in text and "GB/s read with" in text and "no CUDA backend" in text
+    assert "scalar" in text and "[BAD]" not in text
+    monkeypatch.setenv("PYLLAMA_ISA", "mmx")
+    assert main(["doctor"]) == 1
+    assert "[BAD] PYLLAMA_ISA=mmx: no such kernels in this build" in capsys.readouterr().out
+
+
+def test_doctor_without_the_extension(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ImportError("the C++ extension pyllama._C is not built; run `pip install .`")
+
+    monkeypatch.setattr("pyllama.doctor.load_native", missing)
+    assert main(["doctor"]) == 1
+    assert "[BAD] the C++ extension pyllama._C is not built" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_examples(name: str, demo_model: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / name), str(demo_model)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and not done.stderr
+    wanted = {"generate.py": "Paris", "chat.py": "Berlin"}.get(name, "")
+    assert wanted in done.stdout
