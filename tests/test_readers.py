@@ -1,6 +1,6 @@
 """Readers against oracles of the tests' own: scalar decoders of each block type, and the weights that were written.
 
-What is checked: values, row order, packed codes, config, names, identity. Damaged files: test_hostile_files.py; the
+What is checked: values, row order, packed codes, config, names, identity. Damaged files: test_hostile_*.py; the
 stock libraries: tests/oracles/test_readers_reference.py.
 """
 
