@@ -168,6 +168,11 @@ def _sentencepiece_files(metadata: dict[str, Any]) -> dict[str, bytes]:
             raise ModelFormatError(
                 f"tokenizer.ggml.scores[{index}]: expected a number of 32 bits, found {shown(score)}"
             )
+    if metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        # Native code would follow a table that anybody may have forged, and no Llama-like model has one.
+        raise ModelFormatError(
+            "tokenizer.ggml.precompiled_charsmap: the vocabulary has its own normalization table, which is not supported"
+        )
     _check_sentencepiece(metadata, tokens, types)
     # Text reaches sentencepiece's matching with blanks already written as U+2581, so a piece with real spaces would
     # never match.
@@ -180,7 +185,6 @@ def _sentencepiece_files(metadata: dict[str, Any]) -> dict[str, bytes]:
         byte_fallback=BYTE in types,
         add_dummy_prefix=_flag(metadata, "add_space_prefix", True),
         remove_extra_whitespaces=_flag(metadata, "remove_extra_whitespaces", False),
-        charsmap=_charsmap(metadata),
     )
     config = _config(metadata, tokens, default_add_bos=True)
     # GGUF's rule, and Meta's: the text after a control token gets sentencepiece's leading blank as the first one does.
@@ -213,18 +217,6 @@ def _check_sentencepiece(metadata: dict[str, Any], tokens: list[str], types: lis
             f"tokenizer.ggml.tokens: {shown(min(found ^ expected))} is missing or no byte token; "
             "expected <0x00> to <0xFF>"
         )
-
-
-def _charsmap(metadata: dict[str, Any]) -> bytes:
-    """sentencepiece's compiled normalization table: bytes, or a list of them, signed or not."""
-    value = metadata.get("tokenizer.ggml.precompiled_charsmap", b"")
-    if isinstance(value, list):
-        if not all(isinstance(v, int) and -128 <= v <= 255 for v in value):
-            raise ModelFormatError("tokenizer.ggml.precompiled_charsmap: expected bytes")
-        return bytes(v & 255 for v in value)
-    if not isinstance(value, bytes):
-        raise ModelFormatError(f"tokenizer.ggml.precompiled_charsmap: expected bytes, found {type(value).__name__}")
-    return value
 
 
 def _pre_tokenizer(metadata: dict[str, Any]) -> _PreTokenizer:

@@ -1,8 +1,7 @@
 """Writes a sentencepiece model (tokenizer.model): protobuf's wire format for the few fields that matter, by hand.
 
-Only BPE models, and only what changes how a text is cut: pieces with score and type, byte fallback, the leading blank
-and the normalization table. Field numbers are those of sentencepiece_model.proto. Reading such files is sentencepiece's
-business.
+Only BPE models, and only what changes how a text is cut: pieces with score and type, byte fallback and the leading
+blank. Field numbers are those of sentencepiece_model.proto. Reading such files is sentencepiece's business.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ def model_bytes(
     byte_fallback: bool,
     add_dummy_prefix: bool,
     remove_extra_whitespaces: bool = False,
-    charsmap: bytes = b"",
 ) -> bytes:
-    """A serialized ModelProto. `charsmap`: sentencepiece's compiled normalization table, empty for none."""
+    """A serialized ModelProto, with sentencepiece's identity normalization."""
     unk_id = next((index for index, piece in enumerate(pieces) if piece.type == _UNKNOWN), 0)
     trainer = b"".join(
         [_number(3, _BPE), _number(4, len(pieces)), _number(35, int(byte_fallback)), _number(40, unk_id)]
@@ -41,8 +39,7 @@ def model_bytes(
     )
     normalizer = b"".join(
         [
-            _text(1, "user_defined" if charsmap else "identity"),
-            _bytes(2, charsmap),
+            _text(1, "identity"),
             _number(3, int(add_dummy_prefix)),
             _number(4, int(remove_extra_whitespaces)),
             _number(5, 1),
