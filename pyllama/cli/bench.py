@@ -191,7 +191,7 @@ class Bench:
             steps_per_s = tok_per_s / self._parallel
             cache = self._parallel * self._cache_bytes(test.n_depth + test.n_gen / 2)
             return {"bandwidth_share": steps_per_s * (self._step_bytes() + cache) / self._bandwidth}
-        if test.n_prompt and self._peak:
+        if test.n_prompt and self._peak and all(weight.format.startswith("q") for weight in self._layer_matrices()):
             return {"peak_share": tok_per_s * self._ops_per_tok() / self._peak}
         return {}
 
@@ -207,8 +207,10 @@ class Bench:
 
     def _ops_per_tok(self) -> int:
         """Multiplications and additions in the layers' matrices; the head runs once per prompt and is left out."""
-        matrices = [w for name, w in self._weights.items() if name.startswith("layers.") and len(w.shape) == 2]
-        return 2 * sum(_count(weight.shape) for weight in matrices)
+        return 2 * sum(_count(weight.shape) for weight in self._layer_matrices())
+
+    def _layer_matrices(self) -> list[Any]:
+        return [w for name, w in self._weights.items() if name.startswith("layers.") and len(w.shape) == 2]
 
 
 def _count(shape: Sequence[int]) -> int:

@@ -22,15 +22,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe(model: str) -> dict[str, Any]:
     """Everything there is to say, as plain JSON values."""
-    from ..common.model_folder import read_model_folder
-    from ..open import locate
+    from ..open import describe_model
 
-    path = locate(model)
-    folder = read_model_folder(path)
-    config = folder.config
+    found = describe_model(model)
+    config = found.config
     formats: dict[str, dict[str, int]] = {}
-    for tensor in folder.tensors.values():
-        spec = tensor.spec
+    for spec in found.specs:
         name = f"{spec.format} g{spec.group}" if spec.group else spec.format
         row = formats.setdefault(name, {"tensors": 0, "params": 0, "bytes": 0})
         row["tensors"] += 1
@@ -38,28 +35,19 @@ def describe(model: str) -> dict[str, Any]:
         row["bytes"] += spec.payload_bytes
     n_params = sum(row["params"] for row in formats.values())
     n_bytes = sum(row["bytes"] for row in formats.values())
+    vocabularies = [name for name in ("tokenizer.json", "tokenizer.model") if name in found.files]
     return {
-        "path": str(path),
+        "path": str(found.path),
+        "foreign": found.foreign,
         "config": config,
         "n_params": n_params,
         "n_bytes": n_bytes,
         "bits_per_weight": 8 * n_bytes / n_params,
         "formats": formats,
         "kv_cache_bytes_per_tok": 4 * config["n_layers"] * config["n_kv_heads"] * config["head_dim"],
-        "tokenizer": _tokenizer(path),
-        "chat_template": _has_template(path),
+        "tokenizer": vocabularies[0] if vocabularies else "none",
+        "chat_template": found.has_chat_template,
     }
-
-
-def _tokenizer(path: Any) -> str:
-    found = [name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
-    return found[0] if found else "none"
-
-
-def _has_template(path: Any) -> bool:
-    from ..chat_template import ChatTemplate
-
-    return ChatTemplate.from_folder(path) is not None
 
 
 def text(record: dict[str, Any]) -> str:
@@ -85,6 +73,8 @@ def text(record: dict[str, Any]) -> str:
         ("chat template", "yes" if record["chat_template"] else "no"),
     ]
     lines = [f"{name:<14} {value}" for name, value in rows]
+    if record["foreign"]:
+        lines.insert(1, f"{'note':<14} a foreign checkpoint; sizes are those that it will have when it is converted")
     lines += ["", f"{'format':<10} {'tensors':>8} {'parameters':>15} {'MB':>10} {'bits/weight':>12}"]
     for name, row in sorted(record["formats"].items(), key=lambda item: -item[1]["bytes"]):
         bits = 8 * row["bytes"] / row["params"]
