@@ -175,9 +175,7 @@ class SamplingParams:
         """
         defaults = model_defaults(generation_config)
         changes: dict[str, Any] = {
-            name: defaults.get(name, neutral)
-            for name, neutral in _NEUTRAL.items()
-            if getattr(self, name) is None
+            name: defaults.get(name, neutral) for name, neutral in _NEUTRAL.items() if getattr(self, name) is None
         }
         if self.seed is None:
             changes["seed"] = secrets.randbits(64)
