@@ -171,7 +171,8 @@ def _sentencepiece_files(metadata: dict[str, Any]) -> dict[str, bytes]:
     if metadata.get("tokenizer.ggml.precompiled_charsmap"):
         # Native code would follow a table that anybody may have forged, and no Llama-like model has one.
         raise ModelFormatError(
-            "tokenizer.ggml.precompiled_charsmap: the vocabulary has its own normalization table, which is not supported"
+            "tokenizer.ggml.precompiled_charsmap: the vocabulary has its own normalization table, "
+            "which is not supported"
         )
     _check_sentencepiece(metadata, tokens, types)
     # Text reaches sentencepiece's matching with blanks already written as U+2581, so a piece with real spaces would
