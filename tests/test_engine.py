@@ -394,6 +394,68 @@ def test_sequence_refusals(plain: SmallModel) -> None:
         model.step([(sequence, [1], None, "none")])
 
 
+def test_a_closed_sequence_in_a_batch_leaves_the_others_alone(plain: SmallModel) -> None:
+    model = plain.model()
+    before, closed, after = (model.sequence() for _ in range(3))
+    for sequence in (before, closed, after):
+        model.step([(sequence, [1, 2, 3], None, "none")])
+    closed.close()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="the sequence is closed"):
+            model.step([(sequence, [5] * 64, None, "none") for sequence in (before, closed, after)])
+    assert before.tokens == after.tokens == [1, 2, 3]
+    expected = all_logits(model, [1, 2, 3, 4])[-1]
+    for result in model.step([(before, [4], None, "last"), (after, [4], None, "last")]):
+        assert np.array_equal(result.logits[0], expected)
+
+
+def test_a_sequence_cannot_be_changed_while_it_is_in_a_step() -> None:
+    """Another thread tries until it has met a running step; the step's result is what it would have been alone."""
+    small = small_model(Shape(n_layers=8, max_seq_len=1024))
+    model, tokens = small.model(threads=1), random_tokens(small, 512)
+    expected = all_logits(model, tokens)
+    sequence, refusals = model.sequence(), []
+
+    def disturb() -> None:
+        while not refusals:
+            try:
+                sequence.truncate(sequence.n_past)
+            except ValueError as error:
+                refusals.append(str(error))
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    while not refusals:
+        found = model.step([(sequence, tokens, None, "all")])[0].logits
+        assert np.array_equal(found, expected)
+        sequence.truncate(0)
+    thread.join()
+    assert refusals == ["the sequence is in a step that is still running in another thread"]
+
+
+def test_dropping_sequences_while_a_step_runs() -> None:
+    """Their pages wait for the step's end and are used again, without touching what the step computes."""
+    small = small_model(Shape(n_layers=4, max_seq_len=1024))
+    model, tokens = small.model(threads=2), random_tokens(small, 300)
+    expected = all_logits(model, tokens)
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            others = [model.sequence() for _ in range(4)]
+            model.step([(other, tokens[:5], None, "none") for other in others])
+            del others
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(10):
+            assert np.array_equal(all_logits(model, tokens, [100, 200]), expected)
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_any_order_of_destruction(plain: SmallModel) -> None:
     model = plain.model()
     sequences = [model.sequence() for _ in range(3)]
