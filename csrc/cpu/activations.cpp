@@ -5,6 +5,10 @@
 namespace pyllama {
 namespace cpu {
 
+namespace {
+constexpr int kSkew = 64;  // bytes between int8 rows, so that rows of 2^n columns do not share the sets of a cache
+}
+
 WeightView view(const Weight& w) {
   return {w.format, w.scale_type, w.offset_type, w.N,      w.K,       w.Kp(),
           w.group,  w.groups(),   w.codebook.data(), w.codes, w.scales, w.offsets};
@@ -14,7 +18,7 @@ Activations::Activations(int max_tok, int max_columns, const Kernels& kernels, T
     : kernels_(kernels), pool_(pool) {
   const size_t padded = static_cast<size_t>(round_up(max_columns, kColumnPad)), tok = static_cast<size_t>(max_tok);
   normed_.resize(tok * padded);
-  q_.resize(tok * padded);
+  q_.resize(tok * (padded + kSkew));
   scale_.resize(tok * padded / 32);
   sum_.resize(tok * padded / 32);
   sum32_.resize(tok * padded / 32);
@@ -52,7 +56,7 @@ void Activations::prepare_row(int m, bool quantize, const int32_t* order, const 
     row = reordered.data();
   }
   const int64_t block = static_cast<int64_t>(m) * (Kp_ / 32);
-  kernels_.quantize_row(row, K_, q_.data() + static_cast<int64_t>(m) * Kp_, scale_.data() + block, sum_.data() + block);
+  kernels_.quantize_row(row, K_, q_.data() + m * ld_q_, scale_.data() + block, sum_.data() + block);
 }
 
 void Activations::set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products,
@@ -62,6 +66,7 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
   M_ = M;
   K_ = K;
   Kp_ = static_cast<int>(round_up(K, kColumnPad));
+  ld_q_ = Kp_ + kSkew;
   rows_ = norm ? normed_.data() : x;
   ld_rows_ = norm ? K : ldx;
   bool quantize = false;
@@ -85,7 +90,7 @@ MatmulArgs Activations::arguments(const Product& p) const {
   MatmulArgs a{};
   a.w = view(*p.w);
   a.M = M_;
-  a.xq = {self.q_.data(), self.scale_.data(), self.sum_.data(), nullptr};
+  a.xq = {self.q_.data(), ld_q_, self.scale_.data(), self.sum_.data(), nullptr};
   if (info(p.w->format).has_offset) {
     a.xq.group_sum = (p.w->group == 32 ? self.sum32_ : p.w->group == 64 ? self.sum64_ : self.sum128_).data();
   }

@@ -44,12 +44,13 @@ class Activations {
   const Kernels& kernels_;
   ThreadPool& pool_;
   int M_ = 0, K_ = 0, Kp_ = 0;
+  int64_t ld_q_ = 0;
   const float* source_ = nullptr;
   int64_t ld_source_ = 0;
   const float* rows_ = nullptr;  // [M][ld_rows_]: the source, or its normed copy
   int64_t ld_rows_ = 0;
   std::vector<float> normed_;    // [max_tok][max_columns]
-  std::vector<int8_t> q_;        // [M][Kp]
+  std::vector<int8_t> q_;        // [M][ld_q_]
   std::vector<float> scale_;     // [M][Kp/32]
   std::vector<int32_t> sum_;     // [M][Kp/32]
   std::vector<float> sum32_, sum64_, sum128_;  // [M][ceil(K/group)] sums of q·scale
