@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -167,6 +167,7 @@ PARAMS = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=400)
 @given(
     params=PARAMS,
     logits_seed=st.integers(0, 1000),
@@ -253,13 +254,30 @@ def test_positions_draw_independently() -> None:
 
 
 def test_penalties_count_only_the_reply() -> None:
-    logits = np.array([2.0, 1.5, 1.0], dtype=np.float32)
+    logits = np.array([1.5, 2.0, 1.0], dtype=np.float32)
     history = [0, 0, 1]
-    assert sample(logits, history, 3, temperature=0, presence_penalty=2.0, frequency_penalty=2.0).token == 0
-    assert sample(logits, history, 2, temperature=0, presence_penalty=2.0).token == 0
-    assert sample(logits, history, 0, temperature=0, presence_penalty=0.6).token == 0
-    assert sample(logits, history, 0, temperature=0, presence_penalty=0.6, frequency_penalty=0.6).token == 2
+    assert sample(logits, history, 3, temperature=0, presence_penalty=2.0, frequency_penalty=2.0).token == 1
+    assert sample(logits, history, 2, temperature=0, presence_penalty=0.6).token == 0
+    assert sample(logits, history, 1, temperature=0, presence_penalty=0.6).token == 1
+    assert sample(logits, history, 1, temperature=0, presence_penalty=1.2).token == 2
+    assert sample(logits, history, 2, temperature=0, frequency_penalty=0.6).token == 0
+    assert sample(logits, history, 0, temperature=0, frequency_penalty=0.4).token == 1
+    assert sample(logits, history, 0, temperature=0, presence_penalty=0.9, frequency_penalty=0.2).token == 2
     assert sample(logits, history, 3, temperature=0, repetition_penalty=4.0).token == 2
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.99}], ids=str)
+def test_min_p_keeps_what_is_exactly_at_its_bound(filters: dict[str, Any]) -> None:
+    logits = [2.0, -1.0, 2.0, 2.0, -1.0]
+    assert {sample(logits, min_p=1.0, seed=seed, **filters).token for seed in range(60)} == {0, 2, 3}
+
+
+@pytest.mark.parametrize(("filters", "n"), [({}, 8), ({"top_k": 4}, 4)], ids=str)
+def test_top_p_stops_as_soon_as_it_is_reached(filters: dict[str, Any], n: int) -> None:
+    """Equal tokens have exact probabilities: of eight, one half is four, and a hair more than one half is five."""
+    for share, kept in ((0.5, n // 2), (0.5 + 1e-12, n // 2 + 1), (1e-300, 1)):
+        drawn = {sample(np.zeros(8), top_p=share, seed=seed, **filters).token for seed in range(100)}
+        assert drawn == set(range(kept))
 
 
 # ---- log-probabilities
