@@ -342,6 +342,7 @@ void bind_model(py::module_& m) {
       .def_readonly("threads", &PyModel::threads)
       .def_readonly("isa", &PyModel::isa)
       .def_property_readonly("max_batch_tok", [](const PyModel& self) { return self.model->backend().max_batch_tok(); })
+      .def_property_readonly("pages_in_use", [](const PyModel& self) { return self.model->pool().pages_in_use(); })
       .def("sequence", [](const PyModel& self) { return self.model->new_sequence(); })
       .def("step", &step, py::arg("batch"), "Runs the tokens of every item through the model in one pass.");
 }

@@ -1,6 +1,6 @@
-// Errors of the C++ side. Everything throws; nothing aborts. The bindings turn FormatError into pyllama.ModelFormatError,
-// ContextError into pyllama.ContextLengthError, Interrupted into whatever Python exception is pending, std::invalid_argument
-// into ValueError.
+// Errors of the C++ side. Everything throws; nothing aborts. The bindings turn FormatError into
+// pyllama.ModelFormatError, ContextError into pyllama.ContextLengthError, Interrupted into whatever Python exception is
+// pending, std::invalid_argument into ValueError.
 #pragma once
 
 #include <sstream>

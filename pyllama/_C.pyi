@@ -55,6 +55,7 @@ class Model:
     threads: int
     isa: str
     max_batch_tok: int
+    pages_in_use: int             # key/value pages that sequences hold, 64 tokens each
     def sequence(self) -> Sequence: ...
     def step(self, batch: Seq[tuple[Sequence, Any, Sampler | None, str]]) -> list[StepResult]:
         """Runs the tokens of every item through the model in one pass.

@@ -403,7 +403,7 @@ def test_a_closed_sequence_in_a_batch_leaves_the_others_alone(plain: SmallModel)
     for _ in range(3):
         with pytest.raises(ValueError, match="the sequence is closed"):
             model.step([(sequence, [5] * 64, None, "none") for sequence in (before, closed, after)])
-    assert before.tokens == after.tokens == [1, 2, 3]
+    assert before.tokens == after.tokens == [1, 2, 3] and model.pages_in_use == 2
     expected = all_logits(model, [1, 2, 3, 4])[-1]
     for result in model.step([(before, [4], None, "last"), (after, [4], None, "last")]):
         assert np.array_equal(result.logits[0], expected)
@@ -454,6 +454,25 @@ def test_dropping_sequences_while_a_step_runs() -> None:
     finally:
         done.set()
         thread.join()
+    assert model.pages_in_use == 0
+
+
+def test_pages_are_counted(plain: SmallModel) -> None:
+    model = plain.model()
+    sequence, other = model.sequence(), model.sequence()
+    assert model.pages_in_use == 0
+    model.step([(sequence, [1] * 64, None, "none"), (other, [1], None, "none")])
+    assert model.pages_in_use == 2
+    model.step([(sequence, [1], None, "none")])
+    assert model.pages_in_use == 3
+    for keep, pages in ((65, 3), (64, 2), (1, 2), (0, 1)):
+        sequence.truncate(keep)
+        assert model.pages_in_use == pages
+    other.close()
+    assert model.pages_in_use == 0
+    model.step([(sequence, [1] * 65, None, "none")])
+    del sequence
+    assert model.pages_in_use == 0
 
 
 def test_any_order_of_destruction(plain: SmallModel) -> None:

@@ -15,16 +15,18 @@ size_t pages_for(size_t n_tok) { return (n_tok + kPageTok - 1) / kPageTok; }
 
 int PagePool::take() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return backend_->new_page();
+  const int page = backend_->new_page();
+  ++in_use_;
+  return page;
 }
 
 void PagePool::give_back(const int* pages, size_t n_pages) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (in_step_) {
     returned_.insert(returned_.end(), pages, pages + n_pages);
-    return;
+  } else {
+    release(pages, n_pages);
   }
-  for (size_t i = 0; i < n_pages; ++i) backend_->free_page(pages[i]);
 }
 
 void PagePool::step_begins() {
@@ -35,8 +37,18 @@ void PagePool::step_begins() {
 void PagePool::step_ended() {
   const std::lock_guard<std::mutex> lock(mutex_);
   in_step_ = false;
-  for (const int page : returned_) backend_->free_page(page);
+  release(returned_.data(), returned_.size());
   returned_.clear();
+}
+
+int PagePool::pages_in_use() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return in_use_;
+}
+
+void PagePool::release(const int* pages, size_t n_pages) {
+  for (size_t i = 0; i < n_pages; ++i) backend_->free_page(pages[i]);
+  in_use_ -= static_cast<int>(n_pages);
 }
 
 Sequence::~Sequence() { keep_pages(0); }

@@ -24,11 +24,15 @@ class PagePool {
   void give_back(const int* pages, size_t n_pages);
   void step_begins();
   void step_ended();
+  int pages_in_use();  // pages that sequences hold, or have dropped during a step that still runs
 
  private:
+  void release(const int* pages, size_t n_pages);
+
   std::unique_ptr<Backend> backend_;
   std::mutex mutex_;
   bool in_step_ = false;
+  int in_use_ = 0;
   std::vector<int> returned_;  // during a step
 };
 
