@@ -1,4 +1,4 @@
-"""Logits against transformers in float32 with eager attention: random small Llamas, and the demo model from the same GGUF.
+"""Logits against transformers (float32, eager attention): random small Llamas, the demo model from the same GGUF.
 
 Tolerance: with weights that are equal, what is left is the order of float32 sums and our cache's float16 keys and
 values, 2^-11 of each; 1e-3 of the largest logit holds both. Quantized weights add the rounding of activations to int8,
@@ -126,7 +126,7 @@ def set_weights_of(folder: Path, model: LlamaForCausalLM) -> None:
 def test_quantized_random_llama(tmp_path: Path, format: str) -> None:
     """Equal weights on both sides: what differs is that we round activations to int8 with a scale per 32 columns.
 
-    Of 32 normal numbers the largest is about 2.3 σ, so the rounding's rms is 2.3 / 127 / √12 = 0.5 % of the activations'
+    Of 32 normal numbers the largest is about 2.3 σ, so the rounding's rms is 2.3 / 127 / √12 = 0.5 % of theirs
     and so is the error that one product adds to its output. About 7 products follow one another in each of the 3
     layers: √22 · 0.5 % = 2.5 % if nothing amplifies. The weights' own rounding to 4 bits is far beyond.
     """
@@ -190,9 +190,8 @@ def test_demo_model_without_loss(demo_model: Path, demo_reference: LlamaForCausa
             agree.append(expected.argmax(-1) == ours.argmax(-1))
     kl, top1 = np.concatenate(divergence), np.concatenate(agree)
     assert len(kl) == N_DEMO_TOK
-    print(
-        f"demo, {N_DEMO_TOK} tokens: mean KL {kl.mean():.5f} nats, 99 % {np.quantile(kl, 0.99):.4f}, top-1 {top1.mean():.2%}"
-    )
+    figures = f"mean KL {kl.mean():.5f} nats, 99 % below {np.quantile(kl, 0.99):.4f}, top-1 {top1.mean():.2%}"
+    print(f"demo, {N_DEMO_TOK} tokens: {figures}")
     assert kl.mean() <= 0.003
     assert top1.mean() >= 0.97
 
