@@ -53,8 +53,11 @@ def silu(x: Array) -> Array:
     return x * np.exp(-np.logaddexp(0.0, -x))
 
 
-def round_activations(x: Array) -> Array:
-    """int8 in -127…127 with one scale per 32 columns, as float64. x: [n_tok, K]."""
+def round_activations(x: Array, digits: int = 1) -> Array:
+    """int8 in -127…127 with one scale per 32 columns, as float64. x: [n_tok, K]. A second digit rounds the rest."""
+    if digits > 1:
+        first = round_activations(x)
+        return first + round_activations(x - first, digits - 1)
     n_tok, width = x.shape
     padded = np.zeros((n_tok, -(-width // 32) * 32))
     padded[:, :width] = x
@@ -89,17 +92,18 @@ class Llama:
         for layer in range(self.config["n_layers"]):
             x = x + self._attention(x, f"layers.{layer}.")
             x = x + self._mlp(x, f"layers.{layer}.")
-        return self._linear(self._norm(x, "norm"), "tok_embeddings" if self.config["tied_embeddings"] else "output")
+        head = "tok_embeddings" if self.config["tied_embeddings"] else "output"
+        return self._linear(self._norm(x, "norm"), head, digits=2)
 
     def _norm(self, x: Array, name: str) -> Array:
         return rmsnorm(x, self.weights[name], self.config["norm_eps"])
 
-    def _linear(self, x: Array, name: str, bias: str = "") -> Array:
+    def _linear(self, x: Array, name: str, bias: str = "", digits: int = 1) -> Array:
         """x · Wᵀ + b. Act-order weights are given in plain column order; only the rounding sees the stored order."""
         if name in self.quantized:
             order = self.input_order.get(name, np.arange(x.shape[1]))
             x, stored = np.empty_like(x), x[:, order]
-            x[:, order] = round_activations(stored)
+            x[:, order] = round_activations(stored, digits)
         y = x @ self.weights[name].T
         return y + self.weights[bias] if bias in self.weights else y
 

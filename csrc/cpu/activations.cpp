@@ -5,10 +5,6 @@
 namespace pyllama {
 namespace cpu {
 
-namespace {
-constexpr int kSkew = 64;  // bytes between int8 rows, so that rows of 2^n columns do not share the sets of a cache
-}
-
 WeightView view(const Weight& w) {
   return {w.format, w.scale_type, w.offset_type, w.N,      w.K,       w.Kp(),
           w.group,  w.groups(),   w.codebook.data(), w.codes, w.scales, w.offsets};
@@ -18,7 +14,7 @@ Activations::Activations(int max_tok, int max_columns, const Kernels& kernels, T
     : kernels_(kernels), pool_(pool) {
   const size_t padded = static_cast<size_t>(round_up(max_columns, kColumnPad)), tok = static_cast<size_t>(max_tok);
   normed_.resize(tok * padded);
-  q_.resize(tok * (padded + kSkew));
+  q_.resize(tok * (padded + kRowSkew));
   scale_.resize(tok * padded / 32);
   sum_.resize(tok * padded / 32);
   sum32_.resize(tok * padded / 32);
@@ -26,19 +22,19 @@ Activations::Activations(int max_tok, int max_columns, const Kernels& kernels, T
   sum128_.resize(tok * (padded / 128 + 1));
 }
 
-// Σ q·scale over each group of the weight, ascending from its first 32 columns.
-void Activations::sum_groups(int m, int group, std::vector<float>& sums) {
-  const int blocks = Kp_ / 32, per_group = group / 32, groups = (K_ + group - 1) / group;
-  const float* scale = scale_.data() + static_cast<int64_t>(m) * blocks;
-  const int32_t* sum = sum_.data() + static_cast<int64_t>(m) * blocks;
-  for (int g = 0; g < groups; g++) {
-    float total = 0.0f;
-    for (int b = g * per_group; b < std::min(blocks, (g + 1) * per_group); b++) {
-      const float part = static_cast<float>(sum[b]) * scale[b];
-      total = b == g * per_group ? part : total + part;
-    }
-    sums[static_cast<size_t>(m) * groups + g] = total;
+void sum_groups(const float* scale, const int32_t* sum, int blocks, int per_group, float* out) {
+  for (int b = 0, g = 0; b < blocks; g++) {
+    float total = static_cast<float>(sum[b]) * scale[b];
+    b++;
+    for (int j = 1; j < per_group && b < blocks; j++, b++) total = total + static_cast<float>(sum[b]) * scale[b];
+    out[g] = total;
   }
+}
+
+void Activations::sum_row_groups(int m, int group, std::vector<float>& sums) {
+  const int blocks = Kp_ / 32;
+  const int64_t row = static_cast<int64_t>(m) * blocks, groups = (K_ + group - 1) / group;
+  sum_groups(scale_.data() + row, sum_.data() + row, blocks, group / 32, sums.data() + m * groups);
 }
 
 void Activations::prepare_row(int m, bool quantize, const int32_t* order, const float* norm, float eps) {
@@ -66,7 +62,7 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
   M_ = M;
   K_ = K;
   Kp_ = static_cast<int>(round_up(K, kColumnPad));
-  ld_q_ = Kp_ + kSkew;
+  ld_q_ = Kp_ + kRowSkew;
   rows_ = norm ? normed_.data() : x;
   ld_rows_ = norm ? K : ldx;
   bool quantize = false;
@@ -79,9 +75,9 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
   }
   pool_.run(M, [&](int m, int) {
     prepare_row(m, quantize, nullptr, norm, eps);
-    if (offset[0]) sum_groups(m, 32, sum32_);
-    if (offset[1]) sum_groups(m, 64, sum64_);
-    if (offset[2]) sum_groups(m, 128, sum128_);
+    if (offset[0]) sum_row_groups(m, 32, sum32_);
+    if (offset[1]) sum_row_groups(m, 64, sum64_);
+    if (offset[2]) sum_row_groups(m, 128, sum128_);
   });
 }
 
@@ -116,7 +112,7 @@ void Activations::multiply_reordered(const Product& p) {
   ld_source_ = ld_rows_;
   pool_.run(M_, [&](int m, int) {
     prepare_row(m, true, p.w->input_order, nullptr, 0);
-    sum_groups(m, p.w->group, sums);
+    sum_row_groups(m, p.w->group, sums);
   });
   source_ = source;
   ld_source_ = ld_source;

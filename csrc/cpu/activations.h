@@ -12,7 +12,12 @@
 namespace pyllama {
 namespace cpu {
 
+constexpr int kRowSkew = 64;  // bytes between int8 rows, so that rows of 2^n columns do not share the sets of a cache
+
 WeightView view(const Weight& w);
+
+// out[g] = Σ q·scale over each group of a weight, ascending from its first 32 columns; scale, sum: [blocks].
+void sum_groups(const float* scale, const int32_t* sum, int blocks, int per_group, float* out);
 
 // One product of a group that shares its input: y[m] (+)= W·x[m] + bias.
 struct Product {
@@ -39,7 +44,7 @@ class Activations {
  private:
   void prepare_row(int m, bool quantize, const int32_t* order, const float* norm, float eps);
   void multiply_reordered(const Product& p);
-  void sum_groups(int m, int group, std::vector<float>& sums);
+  void sum_row_groups(int m, int group, std::vector<float>& sums);
 
   const Kernels& kernels_;
   ThreadPool& pool_;

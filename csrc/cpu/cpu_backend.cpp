@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "cpu.h"
 #include "embedding.h"
+#include "head.h"
 #include "os.h"
 #include "thread_pool.h"
 #include "trig.h"
@@ -28,7 +29,8 @@ class CpuBackend final : public Backend {
         max_batch_tok_(options.max_batch_tok),
         pool_(options.threads > 0 ? options.threads : default_threads()),
         in_(options.max_batch_tok, std::max({config.dim, config.q_dim(), config.hidden_dim}), kernels_, pool_),
-        attention_(c_, kernels_, pool_) {
+        attention_(c_, kernels_, pool_),
+        head_(c_, w_, options.max_batch_tok, kernels_, pool_) {
     const size_t tok = static_cast<size_t>(max_batch_tok_);
     x_.resize(tok * c_.dim);
     q_.resize(tok * c_.q_dim());
@@ -146,9 +148,7 @@ class CpuBackend final : public Backend {
       std::copy_n(x_.data() + static_cast<int64_t>(step_->out_rows[i]) * c_.dim, c_.dim,
                   out_x_.data() + static_cast<int64_t>(i) * c_.dim);
     }
-    const Product product{&w_.output, logits_.data(), c_.vocab_size, nullptr, false};
-    in_.set(out_x_.data(), c_.dim, n, c_.dim, w_.norm.vector(), c_.norm_eps, &product, 1);
-    in_.multiply(&product, 1);
+    head_.run(out_x_.data(), n, logits_.data());
   }
 
   const float* logits() override { return logits_.data(); }
@@ -214,6 +214,7 @@ class CpuBackend final : public Backend {
   ThreadPool pool_;
   Activations in_;
   Attention attention_;
+  Head head_;
   const Step* step_ = nullptr;
   unsigned float_environment_ = 0;
   std::vector<float> x_, q_, k_, v_, o_, gate_, up_, h_;  // [max_batch_tok][their width]

@@ -1,0 +1,107 @@
+#include "head.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "activations.h"
+
+namespace pyllama {
+namespace cpu {
+
+namespace {
+
+constexpr int kRows = 32;       // tokens of one product
+constexpr int kTaskTiles = 16;  // at most
+
+// The part of a matrix that tiles [begin, end) make.
+WeightView slice(const Weight& w, int begin, int end) {
+  WeightView v = view(w);
+  const int64_t row_bytes = static_cast<int64_t>(v.Kp) * info(w.format).code_bits / 8;
+  v.codes += begin * kTileRows * row_bytes;
+  if (v.scales) v.scales += static_cast<int64_t>(begin) * kTileRows * v.groups * 2;
+  if (v.offsets) v.offsets += static_cast<int64_t>(begin) * kTileRows * v.groups * (w.offset_type == Number::u8 ? 1 : 2);
+  v.N = std::min(w.N, end * kTileRows) - begin * kTileRows;
+  return v;
+}
+
+}  // namespace
+
+Head::Head(const Config& config, const ModelWeights& weights, int max_rows, const Kernels& kernels, ThreadPool& pool)
+    : config_(config),
+      norm_(weights.norm),
+      w_(weights.output),
+      kernels_(kernels),
+      pool_(pool),
+      quantized_(weights.output.quantized()),
+      digits_(quantized_ ? 2 : 1) {
+  const size_t rows = static_cast<size_t>(max_rows) * digits_;
+  normed_.resize(static_cast<size_t>(max_rows) * config.dim);
+  scratch_.resize(static_cast<size_t>(pool.threads()) * kRows * digits_ * kTaskTiles * kTileRows);
+  if (!quantized_) return;
+  q_.resize(rows * (w_.Kp() + kRowSkew));
+  scale_.resize(rows * w_.Kp() / 32);
+  sum_.resize(rows * w_.Kp() / 32);
+  if (info(w_.format).has_offset) group_sum_.resize(rows * w_.groups());
+}
+
+void Head::prepare_row(const float* x, int m) {
+  const int dim = config_.dim, Kp = w_.Kp(), blocks = Kp / 32;
+  float* row = normed_.data() + static_cast<int64_t>(m) * dim;
+  kernels_.rmsnorm(x, norm_.vector(), dim, config_.norm_eps, row);
+  if (!quantized_) return;
+  std::vector<float> left(row, row + dim);  // what is still to be expressed, in the order of the stored columns
+  if (w_.input_order) {
+    for (int k = 0; k < dim; k++) left[static_cast<size_t>(k)] = row[w_.input_order[k]];
+  }
+  for (int d = 0; d < digits_; d++) {
+    const int64_t r = static_cast<int64_t>(m) * digits_ + d;
+    int8_t* q = q_.data() + r * (Kp + kRowSkew);
+    float* scale = scale_.data() + r * blocks;
+    kernels_.quantize_row(left.data(), dim, q, scale, sum_.data() + r * blocks);
+    if (!group_sum_.empty()) {
+      sum_groups(scale, sum_.data() + r * blocks, blocks, w_.group / 32, group_sum_.data() + r * w_.groups());
+    }
+    for (int k = 0; d + 1 < digits_ && k < dim; k++) {
+      left[static_cast<size_t>(k)] = std::fma(-static_cast<float>(q[k]), scale[k / 32], left[static_cast<size_t>(k)]);
+    }
+  }
+}
+
+void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* logits) const {
+  const int columns = (tile_end - tile_begin) * kTileRows, blocks = w_.Kp() / 32;
+  auto& self = const_cast<Head&>(*this);
+  MatmulArgs a{};
+  a.w = slice(w_, tile_begin, tile_end);
+  a.ldx = config_.dim;
+  a.y = scratch;
+  a.ldy = columns;
+  for (int m0 = 0; m0 < n; m0 += kRows) {
+    const int count = std::min(kRows, n - m0);
+    const int64_t row = static_cast<int64_t>(m0) * digits_;
+    a.M = count * digits_;
+    a.x = normed_.data() + static_cast<int64_t>(m0) * config_.dim;
+    if (quantized_) {
+      const int64_t ldq = w_.Kp() + kRowSkew;
+      a.xq = {self.q_.data() + row * ldq, ldq, self.scale_.data() + row * blocks, self.sum_.data() + row * blocks,
+              group_sum_.empty() ? nullptr : self.group_sum_.data() + row * w_.groups()};
+    }
+    kernels_.matmul(a, 0, tile_end - tile_begin);
+    for (int m = 0; m < count; m++) {
+      float* out = logits + static_cast<int64_t>(m0 + m) * config_.vocab_size + tile_begin * kTileRows;
+      const float* first = scratch + static_cast<int64_t>(m) * digits_ * columns;
+      for (int i = 0; i < a.w.N; i++) out[i] = quantized_ ? first[i] + first[columns + i] : first[i];
+    }
+  }
+}
+
+void Head::run(const float* x, int n, float* logits) {
+  pool_.run(n, [&](int m, int) { prepare_row(x + static_cast<int64_t>(m) * config_.dim, m); });
+  const int tiles = w_.tiles(), step = std::min(kTaskTiles, std::max(1, tiles / (pool_.threads() * 8)));
+  const size_t scratch_size = static_cast<size_t>(kRows) * digits_ * kTaskTiles * kTileRows;
+  pool_.run((tiles + step - 1) / step, [&](int task, int thread) {
+    multiply(n, task * step, std::min(tiles, (task + 1) * step), scratch_.data() + thread * scratch_size, logits);
+  });
+}
+
+}  // namespace cpu
+}  // namespace pyllama
