@@ -14,21 +14,21 @@ constexpr int kPageTok = 64;
 
 // A run of consecutive tokens of one sequence inside a step.
 struct Span {
-  int first = 0;                 // row of its first token in the step
+  int first = 0;  // row of its first token in the step
   int n_tok = 0;
-  int pos = 0;                   // absolute position of its first token
-  const int* pages = nullptr;    // page ids that cover positions 0 … pos + n_tok - 1
+  int pos = 0;                 // absolute position of its first token
+  const int* pages = nullptr;  // page ids that cover positions 0 … pos + n_tok - 1
 };
 
 // One step: n_tok rows, cut into spans; logits are wanted for n_out of the rows.
 struct Step {
   int n_tok = 0;
-  const int32_t* tokens = nullptr;   // [n_tok]
-  const int32_t* pos = nullptr;      // [n_tok] absolute positions
+  const int32_t* tokens = nullptr;  // [n_tok]
+  const int32_t* pos = nullptr;     // [n_tok] absolute positions
   int n_spans = 0;
-  const Span* spans = nullptr;       // [n_spans], rows ascending, disjoint, covering all rows
+  const Span* spans = nullptr;  // [n_spans], rows ascending, disjoint, covering all rows
   int n_out = 0;
-  const int32_t* out_rows = nullptr; // [n_out] ascending
+  const int32_t* out_rows = nullptr;  // [n_out] ascending
 };
 
 class Backend {
@@ -36,8 +36,8 @@ class Backend {
   virtual ~Backend() = default;
 
   virtual const char* name() const = 0;
-  virtual int max_batch_tok() const = 0;   // the largest n_tok of a step
-  virtual int new_page() = 0;              // an id; the page's content is unspecified but finite
+  virtual int max_batch_tok() const = 0;  // the largest n_tok of a step
+  virtual int new_page() = 0;             // an id; the page's content is unspecified but finite
   virtual void free_page(int page) = 0;
   virtual void copy_page(int to, int from) = 0;
 
@@ -55,8 +55,8 @@ class Backend {
 };
 
 struct CpuOptions {
-  int threads = 0;         // 0: one per physical core that affinity and cgroup allow
-  const char* isa = "";    // "": the best one; else scalar | avx2 | avxvnni | avx512vnni
+  int threads = 0;       // 0: one per physical core that affinity and cgroup allow
+  const char* isa = "";  // "": the best one; else scalar | avx2 | avxvnni | avx512vnni
   int max_batch_tok = 512;
 };
 std::unique_ptr<Backend> make_cpu_backend(const Config&, const ModelWeights&, const CpuOptions&);

@@ -1,4 +1,5 @@
-// pyllama._C.ops: single CPU kernels on numpy arrays, for tests and benchmarks. Every function takes `isa` ("" = the best).
+// pyllama._C.ops: single CPU kernels on numpy arrays, for tests and benchmarks. Every function takes `isa` ("" = the
+// best).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -106,7 +107,8 @@ Floats dequantize_row(const PyWeight& pw, int row) {
 
 // Causal attention of n_tok queries that stand at positions pos … pos + n_tok - 1 over pos + n_tok keys.
 Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, const std::string& isa, int threads) {
-  need(q.ndim() == 3 && k.ndim() == 3 && v.ndim() == 3, "q [n_tok, n_heads, head_dim], k and v [keys, n_kv_heads, head_dim]");
+  need(q.ndim() == 3 && k.ndim() == 3 && v.ndim() == 3,
+       "q [n_tok, n_heads, head_dim], k and v [keys, n_kv_heads, head_dim]");
   Config c;
   c.n_heads = static_cast<int>(q.shape(1));
   c.n_kv_heads = static_cast<int>(k.shape(1));
@@ -137,7 +139,8 @@ Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, con
     for (int h = 0; h < c.n_kv_heads; h++) {
       const int64_t at = (static_cast<int64_t>(t) * c.n_kv_heads + h) * c.head_dim;
       uint16_t* page = pages[static_cast<size_t>(t / kPageTok)];
-      kernels.append_kv(k_data + at, v_data + at, c.head_dim, page + h * head, page + half_page + h * head, t % kPageTok);
+      kernels.append_kv(k_data + at, v_data + at, c.head_dim, page + h * head, page + half_page + h * head,
+                        t % kPageTok);
     }
   }
   const Span span{0, n_tok, pos, ids.data()};
@@ -165,10 +168,11 @@ void bind_ops(py::module_& module) {
   ops.def("swiglu", &swiglu, py::arg("gate"), py::arg("up"), isa, "silu(gate) * up, float32 [n].");
   ops.def("exp", &exp, py::arg("x"), isa, "float32 [n].");
   ops.def("dequantize_row", &dequantize_row, py::arg("weight"), py::arg("row"), "One row as float32 [K].");
-  ops.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("pos"), isa, py::arg("threads") = 1,
+  ops.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("pos"), isa,
+          py::arg("threads") = 1,
           "Causal attention; q [n_tok, n_heads, head_dim], k and v [pos + n_tok, n_kv_heads, head_dim].");
-  ops.def("int8_peak", &int8_peak, py::arg("threads"), py::arg("seconds"), isa, py::call_guard<py::gil_scoped_release>(),
-          "int8 dot products from registers, in 1e9 operations per second.");
+  ops.def("int8_peak", &int8_peak, py::arg("threads"), py::arg("seconds"), isa,
+          py::call_guard<py::gil_scoped_release>(), "int8 dot products from registers, in 1e9 operations per second.");
 }
 
 }  // namespace pyllama

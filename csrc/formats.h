@@ -1,5 +1,6 @@
-// The weight formats: one table row each. docs/FORMAT.md defines the bytes, pyllama/common/formats.py is the Python twin,
-// and a test compares the two tables. To add a format: a row here, a row there, one dequantise helper per backend.
+// The weight formats: one table row each. docs/FORMAT.md defines the bytes, pyllama/common/formats.py is the Python
+// twin, and a test compares the two tables. To add a format: a row here, a row there, one dequantise helper per
+// backend.
 #pragma once
 
 #include <cstddef>
@@ -18,20 +19,17 @@ enum class Number : uint8_t { none, f16, bf16, u8 };  // how scales and offsets 
 struct FormatInfo {
   Format format;
   std::string_view name;
-  int code_bits;     // bits of one stored weight
-  bool quantized;    // has groups with scales; multiplies int8 activations
-  bool has_offset;   // a minimum or a zero point per group
-  bool has_codebook; // the code is an index into 16 int8 entries of the tensor's metadata
-  int code_bias;     // value = scale * (code - code_bias), where there is no codebook
+  int code_bits;      // bits of one stored weight
+  bool quantized;     // has groups with scales; multiplies int8 activations
+  bool has_offset;    // a minimum or a zero point per group
+  bool has_codebook;  // the code is an index into 16 int8 entries of the tensor's metadata
+  int code_bias;      // value = scale * (code - code_bias), where there is no codebook
 };
 
 constexpr FormatInfo kFormats[] = {
-    {Format::f32, "f32", 32, false, false, false, 0},
-    {Format::f16, "f16", 16, false, false, false, 0},
-    {Format::bf16, "bf16", 16, false, false, false, 0},
-    {Format::q8, "q8", 8, true, false, false, 0},
-    {Format::q4, "q4", 4, true, false, false, 8},
-    {Format::q4a, "q4a", 4, true, true, false, 0},
+    {Format::f32, "f32", 32, false, false, false, 0},   {Format::f16, "f16", 16, false, false, false, 0},
+    {Format::bf16, "bf16", 16, false, false, false, 0}, {Format::q8, "q8", 8, true, false, false, 0},
+    {Format::q4, "q4", 4, true, false, false, 8},       {Format::q4a, "q4a", 4, true, true, false, 0},
     {Format::q4nl, "q4nl", 4, true, false, true, 0},
 };
 

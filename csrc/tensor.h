@@ -1,4 +1,5 @@
-// Views of weights as they lie in the mapped file. Nothing here owns memory; the bindings keep the Python buffers alive.
+// Views of weights as they lie in the mapped file. Nothing here owns memory; the bindings keep the Python buffers
+// alive.
 #pragma once
 
 #include <array>
@@ -15,14 +16,14 @@ struct Weight {
   Format format = Format::f32;
   Number scale_type = Number::none;
   Number offset_type = Number::none;
-  int N = 0;       // output rows
-  int K = 0;       // input columns; 0 for a vector
-  int group = 0;   // columns per scale; 0 for dense formats
-  std::array<int8_t, 16> codebook{};      // q4nl
-  const uint8_t* codes = nullptr;         // [Np/16][Kp/8 or Kp/4][16][4], or dense [Np/16][Kp][16]
-  const uint8_t* scales = nullptr;        // [Np/16][groups][16]
-  const uint8_t* offsets = nullptr;       // [Np/16][groups][16], q4a
-  const int32_t* input_order = nullptr;   // [K], q4a, optional
+  int N = 0;                             // output rows
+  int K = 0;                             // input columns; 0 for a vector
+  int group = 0;                         // columns per scale; 0 for dense formats
+  std::array<int8_t, 16> codebook{};     // q4nl
+  const uint8_t* codes = nullptr;        // [Np/16][Kp/8 or Kp/4][16][4], or dense [Np/16][Kp][16]
+  const uint8_t* scales = nullptr;       // [Np/16][groups][16]
+  const uint8_t* offsets = nullptr;      // [Np/16][groups][16], q4a
+  const int32_t* input_order = nullptr;  // [K], q4a, optional
   int64_t payload_bytes = 0;
 
   int tiles() const { return (N + kTileRows - 1) / kTileRows; }

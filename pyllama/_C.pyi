@@ -29,7 +29,6 @@ class Sampler:
     ) -> None: ...
     def sample(self, logits: NDArray[np.float32], tokens: Seq[int], prompt_len: int = 0) -> StepResult:
         """What a step would sample from these logits [vocab_size] after these tokens (for tests)."""
-        ...
 
 class Sequence:
     """Tokens of one text and the pages of its key/value cache. Made by Model.sequence(); freed with its last reference."""
@@ -64,7 +63,6 @@ class Model:
         Raises ValueError for a token out of range or more than max_batch_tok tokens in all; KeyboardInterrupt between
         layers when Ctrl-C is pending: then no sequence has changed.
         """
-        ...
 
 def isas() -> list[str]: ...              # instruction sets that this machine runs and this build has, best first
 def all_isas() -> list[str]: ...          # those that this build has

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from .helpers_models import DENSE, QUANTIZED, Kind, native_weight, random_packed
 from pyllama import _C
 from pyllama.common.formats import Packed, TensorSpec, dense, dequantize, pack
+
+from .helpers_models import DENSE, QUANTIZED, Kind, native_weight, random_packed
 
 ISAS = _C.isas()
 EPS = 2.0**-24
@@ -73,7 +74,16 @@ def expected(spec: TensorSpec, packed: Packed, x: NDArray[np.float32]) -> tuple[
 @pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)
 def test_matmul_against_float64_and_between_instruction_sets(kind: Kind) -> None:
     rng = np.random.default_rng(1)
-    for n, k, m in [(1, 32, 1), (16, 64, 8), (17, 96, 3), (33, 160, 9), (40, 100, 5), (48, 577, 2), (63, 31, 12), (80, 320, 50)]:
+    for n, k, m in [
+        (1, 32, 1),
+        (16, 64, 8),
+        (17, 96, 3),
+        (33, 160, 9),
+        (40, 100, 5),
+        (48, 577, 2),
+        (63, 31, 12),
+        (80, 320, 50),
+    ]:
         spec, packed = make(kind, n, k, seed=n)
         weight = native_weight(spec, packed)
         x = rng.standard_normal((m, k)).astype(np.float32)

@@ -6,7 +6,7 @@ namespace pyllama {
 namespace cpu {
 
 WeightView view(const Weight& w) {
-  return {w.format, w.scale_type, w.offset_type, w.N,      w.K,       w.Kp(),
+  return {w.format, w.scale_type, w.offset_type,     w.N,     w.K,      w.Kp(),
           w.group,  w.groups(),   w.codebook.data(), w.codes, w.scales, w.offsets};
 }
 
@@ -99,9 +99,7 @@ MatmulArgs Activations::arguments(const Product& p) const {
   return a;
 }
 
-int Activations::tiles_per_task(int tiles) const {
-  return std::max(1, tiles / (pool_.threads() * 8));
-}
+int Activations::tiles_per_task(int tiles) const { return std::max(1, tiles / (pool_.threads() * 8)); }
 
 // The columns of an act-order import lie in another order: its input is reordered before it is quantized.
 void Activations::multiply_reordered(const Product& p) {

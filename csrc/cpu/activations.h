@@ -1,5 +1,5 @@
-// Activations on their way into a matrix: the float rows and, where a weight is quantized, their int8 form with the sums
-// that formats with an offset need. And the loop that spreads several weights on one input over the threads.
+// Activations on their way into a matrix: the float rows and, where a weight is quantized, their int8 form with the
+// sums that formats with an offset need. And the loop that spreads several weights on one input over the threads.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ void sum_groups(const float* scale, const int32_t* sum, int blocks, int per_grou
 // One product of a group that shares its input: y[m] (+)= W·x[m] + bias.
 struct Product {
   const Weight* w;
-  float* y;                     // [M][ldy]
+  float* y;  // [M][ldy]
   int64_t ldy;
   const float* bias = nullptr;  // [N]
   bool accumulate = false;
@@ -36,7 +36,8 @@ class Activations {
   void set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products, int n);
   // y = W·x for each product, tiles spread over the threads.
   void multiply(const Product* products, int n);
-  // Arguments of a product over the current rows, for a caller that spreads tiles itself. Not for weights with input_order.
+  // Arguments of a product over the current rows, for a caller that spreads tiles itself. Not for weights with
+  // input_order.
   MatmulArgs arguments(const Product& p) const;
   // Tiles of one task, so that each thread gets several tasks.
   int tiles_per_task(int tiles) const;
@@ -54,10 +55,10 @@ class Activations {
   int64_t ld_source_ = 0;
   const float* rows_ = nullptr;  // [M][ld_rows_]: the source, or its normed copy
   int64_t ld_rows_ = 0;
-  std::vector<float> normed_;    // [max_tok][max_columns]
-  std::vector<int8_t> q_;        // [M][ld_q_]
-  std::vector<float> scale_;     // [M][Kp/32]
-  std::vector<int32_t> sum_;     // [M][Kp/32]
+  std::vector<float> normed_;                  // [max_tok][max_columns]
+  std::vector<int8_t> q_;                      // [M][ld_q_]
+  std::vector<float> scale_;                   // [M][Kp/32]
+  std::vector<int32_t> sum_;                   // [M][Kp/32]
   std::vector<float> sum32_, sum64_, sum128_;  // [M][ceil(K/group)] sums of q·scale
 };
 

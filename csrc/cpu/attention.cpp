@@ -122,7 +122,8 @@ void Attention::run(const Pages& pages, const float* q, float* o) {
   if (!apart_) return;
   pool_.run(static_cast<int>(tiles_.size()), [&](int t, int) {
     const Tile& tile = tiles_[static_cast<size_t>(t)];
-    combine(tile, arguments(tile, q), stats_.data() + tile.scratch * stat_size, outs_.data() + tile.scratch * out_size, o);
+    combine(tile, arguments(tile, q), stats_.data() + tile.scratch * stat_size, outs_.data() + tile.scratch * out_size,
+            o);
   });
 }
 

@@ -1,6 +1,6 @@
-// Attention of one layer over the key/value pages: cuts the rows of a step into tiles of rows that share a key/value head,
-// runs them over fixed splits of the keys, combines in ascending order. The result does not depend on how tiles and
-// splits fall to threads.
+// Attention of one layer over the key/value pages: cuts the rows of a step into tiles of rows that share a key/value
+// head, runs them over fixed splits of the keys, combines in ascending order. The result does not depend on how tiles
+// and splits fall to threads.
 #pragma once
 
 #include <vector>
@@ -30,7 +30,7 @@ class Attention {
   struct Tile {
     int span, kv_head, first_row, rows;  // rows count (token, head of the group), token-major
     int splits;
-    int64_t scratch;                     // index of its first split in the scratch, when splits run apart
+    int64_t scratch;  // index of its first split in the scratch, when splits run apart
   };
   AttendArgs arguments(const Tile& tile, const float* q) const;
   void attend(const Tile& tile, AttendArgs& a, int split, float* stats, float* outs);
@@ -44,11 +44,11 @@ class Attention {
   std::vector<std::pair<int, int>> tasks_;  // (tile, split) when splits run apart, else (tile, -1)
   bool apart_ = false;
   int max_splits_ = 0;
-  int wide_;                                // head_dim rounded up to 16
-  std::vector<float> stats_, outs_;         // [slot][2][kMaxQueryRows], [slot][kMaxQueryRows][wide]
+  int wide_;                         // head_dim rounded up to 16
+  std::vector<float> stats_, outs_;  // [slot][2][kMaxQueryRows], [slot][kMaxQueryRows][wide]
   // Page addresses of the running layer per span and head: [span][kv_head][page] keys, then values.
   std::vector<const uint16_t*> k_pages_, v_pages_;
-  std::vector<int64_t> first_page_;         // of (span, kv_head) in those
+  std::vector<int64_t> first_page_;  // of (span, kv_head) in those
 };
 
 }  // namespace cpu

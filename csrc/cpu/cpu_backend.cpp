@@ -227,7 +227,8 @@ class CpuBackend final : public Backend {
 }  // namespace
 }  // namespace cpu
 
-std::unique_ptr<Backend> make_cpu_backend(const Config& config, const ModelWeights& weights, const CpuOptions& options) {
+std::unique_ptr<Backend> make_cpu_backend(const Config& config, const ModelWeights& weights,
+                                          const CpuOptions& options) {
   return std::make_unique<cpu::CpuBackend>(config, weights, options);
 }
 

@@ -1,4 +1,5 @@
-// Which instruction sets this build has, which this processor (and its operating system) runs, and the choice between them.
+// Which instruction sets this build has, which this processor (and its operating system) runs, and the choice between
+// them.
 #include <cstdlib>
 #include <stdexcept>
 
@@ -70,10 +71,8 @@ const std::vector<Row>& rows() {
     (void)f;
     return std::vector<Row>{
 #if defined(__x86_64__)
-        {&kKernels_amx, f.amx},
-        {&kKernels_avx512vnni, f.avx512vnni},
-        {&kKernels_avxvnni, f.avxvnni},
-        {&kKernels_avx512vnni256, f.avx512vnni},
+        {&kKernels_amx, f.amx},         {&kKernels_avx512vnni, f.avx512vnni},
+        {&kKernels_avxvnni, f.avxvnni}, {&kKernels_avx512vnni256, f.avx512vnni},
         {&kKernels_avx2, f.avx2},
 #endif
         {&kKernels_scalar, true},

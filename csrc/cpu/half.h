@@ -33,7 +33,7 @@ static inline uint16_t float_to_f16(float f) {
   const uint32_t sign = (u >> 16) & 0x8000;
   uint32_t a = u & 0x7fffffff;
   if (a > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | ((a >> 13) & 0x3ff));  // nan, quiet
-  if (a >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);                        // rounds to infinity
+  if (a >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);                       // rounds to infinity
   if (a < 0x38800000) {  // subnormal half: adding 0.5 leaves the right bits in the low mantissa, rounded to even
     const float shifted = bits_to_float(a) + 0.5f;
     return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000));

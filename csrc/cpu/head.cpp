@@ -19,7 +19,8 @@ WeightView slice(const Weight& w, int begin, int end) {
   const int64_t row_bytes = static_cast<int64_t>(v.Kp) * info(w.format).code_bits / 8;
   v.codes += begin * kTileRows * row_bytes;
   if (v.scales) v.scales += static_cast<int64_t>(begin) * kTileRows * v.groups * 2;
-  if (v.offsets) v.offsets += static_cast<int64_t>(begin) * kTileRows * v.groups * (w.offset_type == Number::u8 ? 1 : 2);
+  if (v.offsets)
+    v.offsets += static_cast<int64_t>(begin) * kTileRows * v.groups * (w.offset_type == Number::u8 ? 1 : 2);
   v.N = std::min(w.N, end * kTileRows) - begin * kTileRows;
   return v;
 }

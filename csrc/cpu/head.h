@@ -1,7 +1,7 @@
-// The logits: norm and the output matrix, for the rows that want them. The input goes in as two int8 digits instead of one,
-// x ≈ q₁·s₁ + q₂·s₂ with the second digit rounding what the first left over: what int8 costs here goes straight into
-// the logits (in SmolLM2 it is more than a quarter of the divergence that all int8 activations cause), and in decoding the second
-// digit is nearly free, for the weights are read once for both.
+// The logits: norm and the output matrix, for the rows that want them. The input goes in as two int8 digits instead of
+// one, x ≈ q₁·s₁ + q₂·s₂ with the second digit rounding what the first left over: what int8 costs here goes straight
+// into the logits (in SmolLM2 it is more than a quarter of the divergence that all int8 activations cause), and in
+// decoding the second digit is nearly free, for the weights are read once for both.
 #pragma once
 
 #include <vector>
@@ -30,10 +30,10 @@ class Head {
   const Kernels& kernels_;
   ThreadPool& pool_;
   const bool quantized_;
-  const int digits_;              // int8 rows per token
-  std::vector<float> normed_;     // [max_rows][dim]
-  std::vector<int8_t> q_;         // [max_rows * digits][ld]
-  std::vector<float> scale_;      // [max_rows * digits][Kp/32]
+  const int digits_;           // int8 rows per token
+  std::vector<float> normed_;  // [max_rows][dim]
+  std::vector<int8_t> q_;      // [max_rows * digits][ld]
+  std::vector<float> scale_;   // [max_rows * digits][Kp/32]
   std::vector<int32_t> sum_;
   std::vector<float> group_sum_;  // [max_rows * digits][groups]; for formats with an offset
   std::vector<float> scratch_;    // per thread [kRows * digits][rows of a task]

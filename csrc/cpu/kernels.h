@@ -11,10 +11,10 @@
 namespace pyllama {
 namespace cpu {
 
-constexpr int kMaxTokBlock = 8;    // tokens that one pass over a weight tile serves
-constexpr int kKeyBlock = 16;      // keys interleaved in a page: one vector lane each
-constexpr int kSplitTok = 512;     // keys of one attention split; partial results are combined in ascending order
-constexpr int kMaxQueryRows = 8;   // (token, head) rows that share one read of keys and values
+constexpr int kMaxTokBlock = 8;   // tokens that one pass over a weight tile serves
+constexpr int kKeyBlock = 16;     // keys interleaved in a page: one vector lane each
+constexpr int kSplitTok = 512;    // keys of one attention split; partial results are combined in ascending order
+constexpr int kMaxQueryRows = 8;  // (token, head) rows that share one read of keys and values
 
 // Activations of M tokens as int8 with one float scale per 32 columns: x[m][k] ≈ q[m][k] * scale[m][k/32].
 struct QuantX {
@@ -29,8 +29,8 @@ struct QuantX {
 struct WeightView {
   Format format;
   Number scale_type, offset_type;
-  int N, K, Kp;          // Kp: K padded to 32
-  int group, groups;     // columns per scale, ceil(K / group)
+  int N, K, Kp;            // Kp: K padded to 32
+  int group, groups;       // columns per scale, ceil(K / group)
   const int8_t* codebook;  // [16]
   const uint8_t* codes;
   const uint8_t* scales;
@@ -41,13 +41,13 @@ struct WeightView {
 struct MatmulArgs {
   WeightView w;
   int M;
-  QuantX xq;         // for quantized formats
-  const float* x;    // for dense formats: [M][ldx], ldx >= K
+  QuantX xq;       // for quantized formats
+  const float* x;  // for dense formats: [M][ldx], ldx >= K
   int64_t ldx;
-  const float* bias; // [N] or null: added to the product
-  float* y;          // [M][ldy]
+  const float* bias;  // [N] or null: added to the product
+  float* y;           // [M][ldy]
   int64_t ldy;
-  bool accumulate;   // y += instead of y =
+  bool accumulate;  // y += instead of y =
 };
 
 // Attention of up to kMaxQueryRows rows, which share a key/value head, over the keys [key_begin, key_end) of one split.
@@ -60,9 +60,9 @@ struct AttendArgs {
   const uint16_t* const* v_pages;  // [page of the sequence] → f16 [kPageTok][head_dim]
   int head_dim;
   float scale;
-  float* max;                      // [rows] running maximum of this split's scores
-  float* sum;                      // [rows] Σ exp(score - max)
-  float* out;                      // [rows][round_up(head_dim, 16)] Σ exp(score - max)·v
+  float* max;  // [rows] running maximum of this split's scores
+  float* sum;  // [rows] Σ exp(score - max)
+  float* out;  // [rows][round_up(head_dim, 16)] Σ exp(score - max)·v
 };
 
 struct Kernels {
@@ -78,12 +78,14 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, int n, float* h);
   void (*attend)(const AttendArgs& a);
   // Combines split results in ascending order: out [head_dim] = Σ / Σ. maxes, sums [n_splits]; outs [n_splits][ld]
-  void (*combine)(const float* maxes, int64_t ld_stat, const float* sums, const float* outs, int64_t ld, int n_splits, int head_dim, float* out);
+  void (*combine)(const float* maxes, int64_t ld_stat, const float* sums, const float* outs, int64_t ld, int n_splits,
+                  int head_dim, float* out);
   // One token's keys and values of one head into page slots.
   void (*append_kv)(const float* k, const float* v, int head_dim, uint16_t* k_page, uint16_t* v_page, int slot);
   void (*exp)(const float* x, int n, float* y);
   uint64_t (*read_stream)(const uint8_t* data, size_t size_bytes);
-  // Runs `rounds` of independent dot products in registers; returns the operations done, and something to keep in *sink.
+  // Runs `rounds` of independent dot products in registers; returns the operations done, and something to keep in
+  // *sink.
   double (*dot_peak)(int rounds, int32_t* sink);
 };
 

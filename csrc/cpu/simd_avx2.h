@@ -1,7 +1,7 @@
 // The SIMD vocabulary on AVX2: half a tile row block in a register. simd_scalar.h says what each word means.
-// With PYLLAMA_DPBUSD defined to a 256-bit dpbusd intrinsic (AVX-VNNI, or AVX-512-VNNI at 256 bits) the dot products use it;
-// otherwise pmaddubsw, which saturates at int16 unless one factor is small: raw 4-bit codes are, and signed weights go in
-// as |w| × sign(a, w), at most 127·127·2.
+// With PYLLAMA_DPBUSD defined to a 256-bit dpbusd intrinsic (AVX-VNNI, or AVX-512-VNNI at 256 bits) the dot products
+// use it; otherwise pmaddubsw, which saturates at int16 unless one factor is small: raw 4-bit codes are, and signed
+// weights go in as |w| × sign(a, w), at most 127·127·2.
 #pragma once
 
 #include <immintrin.h>
@@ -42,8 +42,7 @@ inline VF vf_load_u8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline void vf_store_f16(uint16_t* p, VF a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline void vi_store_i8(int8_t* p, VI a) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -103,9 +102,7 @@ inline WS ws_unpack(VB bytes) { return ws_bytes(bytes); }
 inline VI add_pairs(VI acc, __m256i words) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a) {
-  return add_pairs(acc, _mm256_maddubs_epi16(w, broadcast4(a)));
-}
+inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return add_pairs(acc, _mm256_maddubs_epi16(w, broadcast4(a))); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a) {
   return add_pairs(acc, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(broadcast4(a), w.value)));
 }

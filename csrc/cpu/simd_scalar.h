@@ -1,9 +1,10 @@
-// The SIMD vocabulary in plain C++: sixteen lanes as arrays. It is the definition that the other vocabularies must equal
-// bit for bit, and what runs on a processor that has none of them. Explicit fma only; compiled with -ffp-contract=off.
+// The SIMD vocabulary in plain C++: sixteen lanes as arrays. It is the definition that the other vocabularies must
+// equal bit for bit, and what runs on a processor that has none of them. Explicit fma only; compiled with
+// -ffp-contract=off.
 //
-// The vocabulary: VF/VI are kLanes floats/int32, VB is kLanes×4 bytes as they lie in a weight tile. WU are 4-bit codes as
-// they are, WS are signed weights in whatever form the dot product of this instruction set wants; kSignedBias is what
-// that form adds to each weight, to be taken back through the accumulator's start value.
+// The vocabulary: VF/VI are kLanes floats/int32, VB is kLanes×4 bytes as they lie in a weight tile. WU are 4-bit codes
+// as they are, WS are signed weights in whatever form the dot product of this instruction set wants; kSignedBias is
+// what that form adds to each weight, to be taken back through the accumulator's start value.
 #pragma once
 
 #include "half.h"
@@ -177,7 +178,7 @@ inline VI dot4(VI acc, const W& w, const int8_t* a) {
 inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return dot4(acc, w, a); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return dot4(acc, w, a); }
 
-constexpr int kTokBlock = 4;   // tokens that share a weight register when there are few
+constexpr int kTokBlock = 4;    // tokens that share a weight register when there are few
 constexpr int kPanelBlock = 2;  // tokens × kPanelRegs accumulators when there are many
 constexpr int kPanelRegs = 1;   // registers of rows
 

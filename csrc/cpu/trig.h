@@ -1,13 +1,13 @@
-// sin and cos of our own, so that rotary embeddings have the same bits under every C library. Plain double arithmetic without
-// contraction. |x| up to 2^20·π/2, error below 1e-15 absolute: far more than the float it is rounded to.
+// sin and cos of our own, so that rotary embeddings have the same bits under every C library. Plain double arithmetic
+// without contraction. |x| up to 2^20·π/2, error below 1e-15 absolute: far more than the float it is rounded to.
 #pragma once
 
 #include <cmath>
 
 namespace pyllama {
 
-// Reduction by multiples of π/2 in three parts of 33, 33 and 53 bits (Cody and Waite; the multiples of the first two are
-// exact for |n| < 2^20), then Taylor series on |r| <= π/4 to degree 17 and 16.
+// Reduction by multiples of π/2 in three parts of 33, 33 and 53 bits (Cody and Waite; the multiples of the first two
+// are exact for |n| < 2^20), then Taylor series on |r| <= π/4 to degree 17 and 16.
 inline void sincos_portable(double x, double* sin_out, double* cos_out) {
   const double n = std::nearbyint(x * 0x1.45f306dc9c883p-1);
   double r = x - n * 0x1.921fb544p+0;
@@ -33,10 +33,18 @@ inline void sincos_portable(double x, double* sin_out, double* cos_out) {
   c = c * z - 0.5;
   c = 1.0 + z * c;
   switch (static_cast<long long>(n) & 3) {
-    case 0: *sin_out = s, *cos_out = c; break;
-    case 1: *sin_out = c, *cos_out = -s; break;
-    case 2: *sin_out = -s, *cos_out = -c; break;
-    default: *sin_out = -c, *cos_out = s; break;
+    case 0:
+      *sin_out = s, *cos_out = c;
+      break;
+    case 1:
+      *sin_out = c, *cos_out = -s;
+      break;
+    case 2:
+      *sin_out = -s, *cos_out = -c;
+      break;
+    default:
+      *sin_out = -c, *cos_out = s;
+      break;
   }
 }
 

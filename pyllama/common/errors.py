@@ -1,4 +1,4 @@
-"""The one hierarchy of exceptions. Bad arguments are ValueError; everything about models and machines is one of these."""
+"""The one hierarchy of exceptions. Bad arguments are ValueError; all about models and machines is one of these."""
 
 
 class PyllamaError(Exception):
@@ -6,7 +6,7 @@ class PyllamaError(Exception):
 
 
 class ModelFormatError(PyllamaError):
-    """A model or checkpoint that does not hold together; the message names the file, what was found, what was expected."""
+    """A model or checkpoint that does not hold together; the message names the file, what was found and expected."""
 
 
 class ContextLengthError(PyllamaError):
