@@ -47,9 +47,8 @@ class Ours:
     """pyllama through its extension: one call per step, and logits brought to Python as a user would have them."""
 
     def __init__(self, path: str, threads: int) -> None:
-        from pyllama.open import open_model
-
         from pyllama import _C
+        from pyllama.open import open_model
 
         self._native: Any = _C
         opened: Any = open_model(path)
