@@ -23,10 +23,12 @@ emulated - <<'PY'
 from pyllama import _C
 assert _C.isas() == ["scalar"], f"an emulated processor without AVX2 is offered {_C.isas()}"
 PY
-# Without the tests of many threads: emulated threads that spin for each other take minutes, and prove nothing about
-# instructions.
+# Of the engine only what no other file covers: emulated threads that spin for each other take minutes, and prove nothing
+# about instructions. By full names, so that a renamed test is an error here and not a test less.
 if [ $# -eq 0 ]; then
-  set -- tests/test_kernels.py tests/test_sampler.py tests/test_weights.py tests/test_engine.py \
-    -k "not engine or quantized_logits or long_text or prefill_equals"
+  engine=tests/test_engine.py
+  set -- tests/test_kernels.py tests/test_sampler.py tests/test_weights.py \
+    $engine::test_quantized_logits $engine::test_quantized_logits_of_every_shape $engine::test_a_long_text \
+    $engine::test_prefill_equals_step_by_step
 fi
 emulated -m pytest -p no:cacheprovider -q "$@"

@@ -50,7 +50,6 @@ def all_logits(model: Any, tokens: Any, chunks: list[int] | None = None) -> NDAr
 # ---- values
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("kind", DENSE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_dense_logits(shape: Shape, kind: Kind) -> None:
@@ -61,7 +60,6 @@ def test_dense_logits(shape: Shape, kind: Kind) -> None:
     np.testing.assert_allclose(all_logits(small.model(), tokens), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("kind", QUANTIZED, ids=str)
 def test_quantized_logits(kind: Kind) -> None:
     """The oracle rounds activations as the kernels do, so that nearly all short texts agree as closely as dense ones.
@@ -127,7 +125,6 @@ def same(request: pytest.FixtureRequest) -> tuple[SmallModel, Any, NDArray[np.in
     return small, model, tokens, all_logits(model, tokens)
 
 
-@pytest.mark.core
 def test_prefill_equals_step_by_step(same: Any) -> None:
     _, model, tokens, expected = same
     assert np.array_equal(all_logits(model, tokens, [1] * 150), expected)
@@ -158,7 +155,6 @@ def test_instruction_sets(same: Any, isa: str) -> None:
     assert np.array_equal(all_logits(model, tokens[:20], [1] * 20), expected[:20])
 
 
-@pytest.mark.core
 def test_several_sequences_in_one_step(same: Any) -> None:
     _, model, tokens, _ = same
     texts = [tokens[:70], tokens[70:71], tokens[71:80], tokens[80:150]]
@@ -178,7 +174,6 @@ def test_several_sequences_in_one_step(same: Any) -> None:
                 at[i] += size
 
 
-@pytest.mark.core
 def test_truncate_and_go_on(same: Any) -> None:
     _, model, tokens, expected = same
     sequence = model.sequence()
@@ -230,7 +225,6 @@ def generate(model: Any, prompt: Any, n: int, sampler: Any, neighbours: int = 0)
     return out
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"seed": 5}, {"seed": 2**63 + 9, "top_p": 0.9, "logprobs": 2}])
 def test_same_seed_same_tokens(params: dict[str, Any]) -> None:
     small = small_model(Shape(), Kind("q4nl", 64))
