@@ -39,7 +39,6 @@ class Backend {
   virtual int max_batch_tok() const = 0;  // the largest n_tok of a step
   virtual int new_page() = 0;             // an id; the page's content is unspecified but finite
   virtual void free_page(int page) = 0;
-  virtual void copy_page(int to, int from) = 0;
 
   // A step, in this order. x is the residual stream [n_tok, dim], held by the backend.
   virtual void begin(const Step& step) = 0;   // the step must outlive end()
@@ -56,7 +55,7 @@ class Backend {
 
 struct CpuOptions {
   int threads = 0;       // 0: one per physical core that affinity and cgroup allow
-  const char* isa = "";  // "": the best one; else scalar | avx2 | avxvnni | avx512vnni
+  const char* isa = "";  // "": the best one; else a name from cpu_all_isas()
   int max_batch_tok = 512;
 };
 std::unique_ptr<Backend> make_cpu_backend(const Config&, const ModelWeights&, const CpuOptions&);

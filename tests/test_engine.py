@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 
 from pyllama import _C
 from pyllama.common.errors import ContextLengthError, ModelFormatError
-from tests.helpers_models import DENSE, QUANTIZED, Kind, Shape, SmallModel, aligned, small_model
+from tests.helpers_models import (
+    DENSE,
+    QUANTIZED,
+    Kind,
+    Shape,
+    SmallModel,
+    aligned,
+    native_weight,
+    random_packed,
+    small_model,
+)
 
 SHAPES = {
     "plain": Shape(),
@@ -370,6 +380,22 @@ def test_weights_that_are_not_finite(poison: float) -> None:
         model.step([(sequence, [1, 2], _C.Sampler(temperature=0), "none")])
     assert sequence.n_past == 4
     assert not np.isfinite(model.step([(sequence, [1], None, "last")])[0].logits).all()
+
+
+@pytest.mark.parametrize("name", ["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"])
+def test_a_scale_that_is_no_number_reaches_the_logits(name: str) -> None:
+    """Rounding activations to int8 must not turn NaN into a number, wherever in the model it arises."""
+    kind = Kind("q4a", 32, "f16", "f16")
+    small = small_model(Shape(vocab_size=40), kind)
+    full = f"layers.0.{name}"
+    spec = kind.spec(full, small.weights[full].shape)
+    packed = random_packed(spec, np.random.default_rng(1))
+    assert packed.scales is not None
+    packed.scales[3, 0] = np.nan
+    small.weights[full] = native_weight(spec, packed)
+    model = small.model()
+    with pytest.raises(ModelFormatError, match="logits are not finite"):
+        model.step([(model.sequence(), [1, 2, 3], _C.Sampler(temperature=0), "none")])
 
 
 def test_sequence_refusals(plain: SmallModel) -> None:

@@ -185,7 +185,7 @@ def guarded(data: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], mmap.mmap]:
 
 @pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)
 def test_nothing_is_read_beyond_the_buffers(kind: Kind) -> None:
-    for n, k in [(17, 100), (16, 32), (5, 70)]:
+    for n, k, m in [(17, 100, 3), (16, 32, 1), (5, 70, 2), (40, 100, 9), (48, 64, 50)]:
         spec, packed = make(kind, n, k)
         payload, keep = guarded(pack(spec, packed))
         codebook = spec.codebook
@@ -193,9 +193,9 @@ def test_nothing_is_read_beyond_the_buffers(kind: Kind) -> None:
             "w", spec.format, spec.shape, payload, group=spec.group, scale=spec.scale, offset=spec.offset,
             codebook=codebook, input_order=spec.input_order,
         )  # fmt: skip
-        x = np.random.default_rng(0).standard_normal((3, k)).astype(np.float32)
+        x = np.random.default_rng(0).standard_normal((m, k)).astype(np.float32)
         edge, keep_x = guarded(x)
-        at_edge = edge.view(np.float32).reshape(3, k)
+        at_edge = edge.view(np.float32).reshape(m, k)
         want, bound = expected(spec, packed, x)
         for isa in ISAS:
             assert (np.abs(ops.matmul(weight, at_edge, isa=isa) - want) <= bound).all()
@@ -228,6 +228,25 @@ def test_quantized_activations(isa: str) -> None:
         assert (values == int8_activations(x)).all()
         widest = np.repeat(scale, 32, axis=1)[:, :k]
         assert (np.abs(values - x) <= widest * 0.5001).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_a_number_is_not_made_one(isa: str, bad: float) -> None:
+    for position in range(32):
+        x = np.ones((1, 64), np.float32)
+        x[0, position] = bad
+        _, scale, _ = ops.quantize_activations(x, isa=isa)
+        assert np.isnan(scale[0, 0]) and np.isfinite(scale[0, 1]), position
+    for kind in [*DENSE, *QUANTIZED]:
+        spec, packed = make(kind, 16, 64)
+        x = np.ones((2, 64), np.float32)
+        x[1, 5] = bad
+        y = ops.matmul(native_weight(spec, packed), x, isa=isa)
+        assert np.isfinite(y[0]).all() and not np.isfinite(y[1]).any()
+    q, k, v = np.ones((3, 2, 1, 16), np.float32)
+    v[0, 0, 3] = np.nan
+    assert np.isnan(ops.attention(q[1:], k, v, 1, isa=isa)[0, 0, 3])
 
 
 @pytest.mark.parametrize("isa", ISAS)

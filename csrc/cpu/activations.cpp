@@ -11,7 +11,8 @@ WeightView view(const Weight& w) {
 }
 
 Activations::Activations(int max_tok, int max_columns, const Kernels& kernels, ThreadPool& pool)
-    : kernels_(kernels), pool_(pool) {
+    : kernels_(kernels), pool_(pool), max_columns_(max_columns) {
+  reordered_.resize(static_cast<size_t>(pool.threads()) * max_columns);
   const size_t padded = static_cast<size_t>(round_up(max_columns, kColumnPad)), tok = static_cast<size_t>(max_tok);
   normed_.resize(tok * padded);
   q_.resize(tok * (padded + kRowSkew));
@@ -37,7 +38,7 @@ void Activations::sum_row_groups(int m, int group, std::vector<float>& sums) {
   sum_groups(scale_.data() + row, sum_.data() + row, blocks, group / 32, sums.data() + m * groups);
 }
 
-void Activations::prepare_row(int m, bool quantize, const int32_t* order, const float* norm, float eps) {
+void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps) {
   const float* row = source_ + m * ld_source_;
   if (norm) {
     float* y = normed_.data() + static_cast<int64_t>(m) * K_;
@@ -45,11 +46,10 @@ void Activations::prepare_row(int m, bool quantize, const int32_t* order, const 
     row = y;
   }
   if (!quantize) return;
-  std::vector<float> reordered;
   if (order) {
-    reordered.resize(static_cast<size_t>(K_));
-    for (int k = 0; k < K_; k++) reordered[static_cast<size_t>(k)] = row[order[k]];
-    row = reordered.data();
+    float* reordered = reordered_.data() + static_cast<int64_t>(thread) * max_columns_;
+    for (int k = 0; k < K_; k++) reordered[k] = row[order[k]];
+    row = reordered;
   }
   const int64_t block = static_cast<int64_t>(m) * (Kp_ / 32);
   kernels_.quantize_row(row, K_, q_.data() + m * ld_q_, scale_.data() + block, sum_.data() + block);
@@ -73,8 +73,8 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
     quantize = true;
     if (info(w.format).has_offset) offset[w.group / 64] = true;
   }
-  pool_.run(M, [&](int m, int) {
-    prepare_row(m, quantize, nullptr, norm, eps);
+  pool_.run(M, [&](int m, int thread) {
+    prepare_row(m, thread, quantize, nullptr, norm, eps);
     if (offset[0]) sum_row_groups(m, 32, sum32_);
     if (offset[1]) sum_row_groups(m, 64, sum64_);
     if (offset[2]) sum_row_groups(m, 128, sum128_);
@@ -108,8 +108,8 @@ void Activations::multiply_reordered(const Product& p) {
   const int64_t ld_source = ld_source_;
   source_ = rows_;  // normed already
   ld_source_ = ld_rows_;
-  pool_.run(M_, [&](int m, int) {
-    prepare_row(m, true, p.w->input_order, nullptr, 0);
+  pool_.run(M_, [&](int m, int thread) {
+    prepare_row(m, thread, true, p.w->input_order, nullptr, 0);
     sum_row_groups(m, p.w->group, sums);
   });
   source_ = source;

@@ -43,7 +43,7 @@ class Activations {
   int tiles_per_task(int tiles) const;
 
  private:
-  void prepare_row(int m, bool quantize, const int32_t* order, const float* norm, float eps);
+  void prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps);
   void multiply_reordered(const Product& p);
   void sum_row_groups(int m, int group, std::vector<float>& sums);
 
@@ -55,6 +55,8 @@ class Activations {
   int64_t ld_source_ = 0;
   const float* rows_ = nullptr;  // [M][ld_rows_]: the source, or its normed copy
   int64_t ld_rows_ = 0;
+  const int max_columns_;
+  std::vector<float> reordered_;               // per thread [max_columns]
   std::vector<float> normed_;                  // [max_tok][max_columns]
   std::vector<int8_t> q_;                      // [M][ld_q_]
   std::vector<float> scale_;                   // [M][Kp/32]

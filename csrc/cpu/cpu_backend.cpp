@@ -64,9 +64,6 @@ class CpuBackend final : public Backend {
     return static_cast<int>(pages_.size()) - 1;
   }
   void free_page(int page) override { free_pages_.push_back(page); }
-  void copy_page(int to, int from) override {
-    std::copy_n(pages_[static_cast<size_t>(from)], page_halves(), pages_[static_cast<size_t>(to)]);
-  }
 
   void begin(const Step& step) override {
     step_ = &step;

@@ -21,13 +21,12 @@ extern const Kernels kKernels_avx2;
 extern const Kernels kKernels_avxvnni;
 extern const Kernels kKernels_avx512vnni256;
 extern const Kernels kKernels_avx512vnni;
-extern const Kernels kKernels_amx;
 #endif
 
 namespace {
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false;
 };
 
 #if defined(__x86_64__)
@@ -49,8 +48,6 @@ Features detect() {
   f.avx2 = fma && f16c && (b & (1u << 5));
   const unsigned need_b = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // AVX512 F, DQ, BW, VL
   f.avx512vnni = f.avx2 && zmm && (b & need_b) == need_b && (c & (1u << 11));
-  const bool tiles = (d & (1u << 24)) && (d & (1u << 25)) && (saved & (3u << 17)) == (3u << 17);
-  f.amx = f.avx512vnni && tiles && request_amx();
   const unsigned max_subleaf = a;
   if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && (a & (1u << 4));
   return f;
@@ -71,8 +68,9 @@ const std::vector<Row>& rows() {
     (void)f;
     return std::vector<Row>{
 #if defined(__x86_64__)
-        {&kKernels_amx, f.amx},         {&kKernels_avx512vnni, f.avx512vnni},
-        {&kKernels_avxvnni, f.avxvnni}, {&kKernels_avx512vnni256, f.avx512vnni},
+        {&kKernels_avx512vnni, f.avx512vnni},
+        {&kKernels_avxvnni, f.avxvnni},
+        {&kKernels_avx512vnni256, f.avx512vnni},
         {&kKernels_avx2, f.avx2},
 #endif
         {&kKernels_scalar, true},

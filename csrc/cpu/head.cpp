@@ -39,38 +39,35 @@ Head::Head(const Config& config, const ModelWeights& weights, int max_rows, cons
   normed_.resize(static_cast<size_t>(max_rows) * config.dim);
   scratch_.resize(static_cast<size_t>(pool.threads()) * kRows * digits_ * kTaskTiles * kTileRows);
   if (!quantized_) return;
+  left_.resize(static_cast<size_t>(pool.threads()) * config.dim);
   q_.resize(rows * (w_.Kp() + kRowSkew));
   scale_.resize(rows * w_.Kp() / 32);
   sum_.resize(rows * w_.Kp() / 32);
   if (info(w_.format).has_offset) group_sum_.resize(rows * w_.groups());
 }
 
-void Head::prepare_row(const float* x, int m) {
+void Head::prepare_row(const float* x, int m, float* left) {
   const int dim = config_.dim, Kp = w_.Kp(), blocks = Kp / 32;
   float* row = normed_.data() + static_cast<int64_t>(m) * dim;
   kernels_.rmsnorm(x, norm_.vector(), dim, config_.norm_eps, row);
   if (!quantized_) return;
-  std::vector<float> left(row, row + dim);  // what is still to be expressed, in the order of the stored columns
-  if (w_.input_order) {
-    for (int k = 0; k < dim; k++) left[static_cast<size_t>(k)] = row[w_.input_order[k]];
-  }
+  for (int k = 0; k < dim; k++) left[k] = row[w_.input_order ? w_.input_order[k] : k];
   for (int d = 0; d < digits_; d++) {
     const int64_t r = static_cast<int64_t>(m) * digits_ + d;
     int8_t* q = q_.data() + r * (Kp + kRowSkew);
     float* scale = scale_.data() + r * blocks;
-    kernels_.quantize_row(left.data(), dim, q, scale, sum_.data() + r * blocks);
+    kernels_.quantize_row(left, dim, q, scale, sum_.data() + r * blocks);
     if (!group_sum_.empty()) {
       sum_groups(scale, sum_.data() + r * blocks, blocks, w_.group / 32, group_sum_.data() + r * w_.groups());
     }
     for (int k = 0; d + 1 < digits_ && k < dim; k++) {
-      left[static_cast<size_t>(k)] = std::fma(-static_cast<float>(q[k]), scale[k / 32], left[static_cast<size_t>(k)]);
+      left[k] = std::fma(-static_cast<float>(q[k]), scale[k / 32], left[k]);
     }
   }
 }
 
-void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* logits) const {
+void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* logits) {
   const int columns = (tile_end - tile_begin) * kTileRows, blocks = w_.Kp() / 32;
-  auto& self = const_cast<Head&>(*this);
   MatmulArgs a{};
   a.w = slice(w_, tile_begin, tile_end);
   a.ldx = config_.dim;
@@ -83,8 +80,8 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
     a.x = normed_.data() + static_cast<int64_t>(m0) * config_.dim;
     if (quantized_) {
       const int64_t ldq = w_.Kp() + kRowSkew;
-      a.xq = {self.q_.data() + row * ldq, ldq, self.scale_.data() + row * blocks, self.sum_.data() + row * blocks,
-              group_sum_.empty() ? nullptr : self.group_sum_.data() + row * w_.groups()};
+      a.xq = {q_.data() + row * ldq, ldq, scale_.data() + row * blocks, sum_.data() + row * blocks,
+              group_sum_.empty() ? nullptr : group_sum_.data() + row * w_.groups()};
     }
     kernels_.matmul(a, 0, tile_end - tile_begin);
     for (int m = 0; m < count; m++) {
@@ -96,7 +93,10 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
 }
 
 void Head::run(const float* x, int n, float* logits) {
-  pool_.run(n, [&](int m, int) { prepare_row(x + static_cast<int64_t>(m) * config_.dim, m); });
+  pool_.run(n, [&](int m, int thread) {
+    const int64_t dim = config_.dim;
+    prepare_row(x + m * dim, m, left_.data() + thread * dim);
+  });
   const int tiles = w_.tiles(), step = std::min(kTaskTiles, std::max(1, tiles / (pool_.threads() * 8)));
   const size_t scratch_size = static_cast<size_t>(kRows) * digits_ * kTaskTiles * kTileRows;
   pool_.run((tiles + step - 1) / step, [&](int task, int thread) {

@@ -21,8 +21,8 @@ class Head {
   void run(const float* x, int n, float* logits);
 
  private:
-  void prepare_row(const float* x, int m);
-  void multiply(int n, int tile_begin, int tile_end, float* scratch, float* logits) const;
+  void prepare_row(const float* x, int m, float* left);
+  void multiply(int n, int tile_begin, int tile_end, float* scratch, float* logits);
 
   const Config& config_;
   const Weight& norm_;
@@ -37,6 +37,7 @@ class Head {
   std::vector<int32_t> sum_;
   std::vector<float> group_sum_;  // [max_rows * digits][groups]; for formats with an offset
   std::vector<float> scratch_;    // per thread [kRows * digits][rows of a task]
+  std::vector<float> left_;       // per thread [dim]: what a row's digits have still to express
 };
 
 }  // namespace cpu

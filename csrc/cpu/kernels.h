@@ -11,7 +11,6 @@
 namespace pyllama {
 namespace cpu {
 
-constexpr int kMaxTokBlock = 8;   // tokens that one pass over a weight tile serves
 constexpr int kKeyBlock = 16;     // keys interleaved in a page: one vector lane each
 constexpr int kSplitTok = 512;    // keys of one attention split; partial results are combined in ascending order
 constexpr int kMaxQueryRows = 8;  // (token, head) rows that share one read of keys and values

@@ -13,8 +13,6 @@
 #ifdef __linux__
 #include <sched.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -87,15 +85,6 @@ void free_zeroed(void* data, size_t size_bytes) {
 #else
   (void)size_bytes;
   std::free(data);
-#endif
-}
-
-bool request_amx() {
-#if defined(__linux__) && defined(__x86_64__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
 #endif
 }
 
