@@ -1,10 +1,10 @@
 """The extension's Python surface (csrc/bindings.cpp). One `Model.step` call per token step, GIL released."""
 
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 class Weight:
     """A tensor as it lies in a model folder (docs/FORMAT.md): no copy, `data` is kept alive.
@@ -72,5 +72,50 @@ def build_info() -> dict[str, str]: ...   # compiler, version
 def read_bandwidth(threads: int, seconds: float) -> float: ...   # GB/s, streaming read of a buffer beyond the caches
 def int8_peak(threads: int, seconds: float, isa: str = "") -> float: ...   # 1e9 operations/s of int8 dot products; a multiply-add is two
 
-class ops:  # a submodule: single kernels for tests and benchmarks
-    ...
+class ops:
+    """A submodule (csrc/bindings_ops.cpp): single CPU kernels, for tests and benchmarks; and the sampler's arithmetic.
+
+    `isa`: one of isas(), "" for the best. ValueError for shapes that do not fit together and for an unknown `isa`.
+    """
+    @staticmethod
+    def matmul(weight: Weight, x: ArrayLike, isa: str = "", threads: int = 1) -> NDArray[np.float32]:
+        """x float32 [M, K] times the transposed weight [N, K] -> [M, N]; x goes to int8 where the weight is quantized."""
+    @staticmethod
+    def quantize_activations(
+        x: ArrayLike, isa: str = "",
+    ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]:
+        """x float32 [M, K] -> int8 [M, Kp], scale [M, Kp/32] and sum [M, Kp/32]; Kp is K rounded up to 32."""
+    @staticmethod
+    def rmsnorm(x: ArrayLike, w: ArrayLike, eps: float, isa: str = "") -> NDArray[np.float32]: ...   # x, w: [dim]
+    @staticmethod
+    def rope(head: ArrayLike, cos: ArrayLike, sin: ArrayLike, isa: str = "") -> NDArray[np.float32]:
+        """head [head_dim] rotated; cos and sin [head_dim/2]."""
+    @staticmethod
+    def swiglu(gate: ArrayLike, up: ArrayLike, isa: str = "") -> NDArray[np.float32]: ...   # silu(gate) * up, [n]
+    @staticmethod
+    def exp(x: ArrayLike, isa: str = "") -> NDArray[np.float32]: ...   # [n]
+    @staticmethod
+    def dequantize_row(weight: Weight, row: int) -> NDArray[np.float32]: ...   # [K]
+    @staticmethod
+    def attention(
+        q: ArrayLike, k: ArrayLike, v: ArrayLike, pos: int, isa: str = "", threads: int = 1,
+    ) -> NDArray[np.float32]:
+        """Causal: q [n_tok, n_heads, head_dim] at positions pos…, k and v [pos + n_tok, n_kv_heads, head_dim]."""
+    @staticmethod
+    def int8_peak(threads: int, seconds: float, isa: str = "") -> float: ...   # the same as above
+    @overload
+    @staticmethod
+    def portable_exp(x: float) -> float: ...   # float64, x <= 709, without libm
+    @overload
+    @staticmethod
+    def portable_exp(x: NDArray[Any]) -> NDArray[np.float64]: ...
+    @overload
+    @staticmethod
+    def portable_log(x: float) -> float: ...   # positive normal float64, without libm
+    @overload
+    @staticmethod
+    def portable_log(x: NDArray[Any]) -> NDArray[np.float64]: ...
+    @staticmethod
+    def philox4x32(counter: Seq[int], key: Seq[int]) -> list[int]: ...   # Philox4x32-10: four words and two -> four
+    @staticmethod
+    def uniform(seed: int, position: int) -> float: ...   # the sampler's number in [0, 1)

@@ -131,9 +131,24 @@ def test_the_stub_and_the_extension_name_the_same_things() -> None:
     built = {n for n in dir(module) if not n.startswith("_")}
     assert public_names(tree.body) == built
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name != "ops":
+        if isinstance(node, ast.ClassDef):
             members = {n for n in dir(getattr(module, node.name)) if not n.startswith("_")}
             assert public_names(node.body) == members, node.name
+
+
+def test_the_stub_of_single_kernels_has_their_arguments() -> None:
+    ops = extension().ops
+    tree = ast.parse((ROOT / "pyllama" / "_C.pyi").read_text())
+    stub = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "ops")
+    functions = [n for n in stub.body if isinstance(n, ast.FunctionDef)]
+    assert functions
+    for function in functions:
+        signature = getattr(ops, function.name).__doc__.splitlines()[0]  # "name(a: int, isa: str = '') -> float"
+        call = ast.parse(f"def {signature.split(' -> ')[0]}: ...").body[0]
+        assert isinstance(call, ast.FunctionDef)
+        assert [a.arg for a in function.args.args] == [a.arg for a in call.args.args], function.name
+        defaults = [ast.unparse(d) for d in call.args.defaults]
+        assert [ast.unparse(d) for d in function.args.defaults] == defaults, function.name
 
 
 @pytest.mark.parametrize("command", ["pyllama", "quantize"])
