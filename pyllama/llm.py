@@ -298,19 +298,30 @@ class Session:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> Generator[Piece, None, None]:
-        """Like `LLM.stream`; what the prompt has in common with what was computed before is not computed again."""
+        """Like `LLM.stream`; what the prompt has in common with what was computed before is not computed again.
+
+        An older stream of this session that is not through raises PyllamaError when it is asked for more.
+        """
         if self._sequence is None:
             raise ValueError("this session is closed")
-        if self.reply is not None:
-            self._llm._scheduler.release([self.reply.request])  # a stream that was left in the middle
-        self.reply = self._llm._reply(prompt, params, options, sequence=self._sequence)
-        return self._llm._pieces(self.reply)
+        reply = self._llm._reply(prompt, params, options, sequence=self._sequence)
+        self._end_last("this stream was replaced by a newer one of the same session")
+        self.reply = reply
+        return self._llm._pieces(reply)
 
     def close(self) -> None:
         """Gives the cache back."""
+        self._end_last("the session of this stream was closed")
         sequence, self._sequence = self._sequence, None
         if sequence is not None and not self._llm._closed:
             self._llm._scheduler.run_alone(sequence.close)
+
+    def _end_last(self, why: str) -> None:
+        """The last stream, should it be unfinished, gets no more tokens, and says so if it is read on."""
+        if self.reply is not None and self.reply.finish_reason is None:
+            if self.reply.request.error is None:
+                self.reply.request.error = PyllamaError(why)
+            self._llm._scheduler.release([self.reply.request])
 
 
 # -------------------------------------------------------------------------------- checks of arguments

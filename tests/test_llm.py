@@ -377,6 +377,48 @@ def test_a_session_computes_only_what_is_new_and_writes_the_same(tiny: LLM) -> N
         session.stream("a")
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["before the first piece", "after the first piece"])
+@pytest.mark.parametrize("older_first", [False, True], ids=["newer read first", "older read first"])
+def test_a_newer_stream_of_a_session_replaces_the_older(tiny: LLM, begun: bool, older_first: bool) -> None:
+    session = tiny.session()
+    older = session.stream("once upon", HOT)
+    first = [next(older)] if begun else []
+    newer = session.stream("once more", HOT)
+    pieces = [next(newer)] if begun else []
+    if not older_first:
+        pieces += newer
+    with pytest.raises(PyllamaError, match="this stream was replaced by a newer one of the same session"):
+        list(older)
+    pieces += newer
+    assert [piece.token_id for piece in pieces] == tiny.generate("once more", HOT).token_ids
+    assert [piece.token_id for piece in first] == tiny.generate("once upon", HOT).token_ids[: len(first)]
+    session.close()
+    assert not tiny._scheduler._requests
+
+
+def test_a_refused_prompt_leaves_the_running_stream_alone(tiny: LLM) -> None:
+    session = tiny.session()
+    stream = session.stream("once", HOT)
+    pieces = [next(stream)]
+    with pytest.raises(ContextLengthError):
+        session.stream("x" * 999, HOT)
+    pieces += stream
+    assert [piece.token_id for piece in pieces] == tiny.generate("once", HOT).token_ids
+    session.close()
+
+
+def test_closing_a_session_ends_its_stream_and_no_other(tiny: LLM) -> None:
+    session = tiny.session()
+    stream = session.stream("once", HOT)
+    other = tiny.stream("upon", HOT)
+    pieces = [next(stream), next(other)][1:]
+    session.close()
+    with pytest.raises(PyllamaError, match="the session of this stream was closed"):
+        list(stream)
+    pieces += other
+    assert [piece.token_id for piece in pieces] == tiny.generate("upon", HOT).token_ids
+
+
 # -------------------------------------------------------------------------------- the demo model
 
 
