@@ -234,7 +234,7 @@ class Scheduler:
     def _resync(self) -> None:
         """After a step that was cut short: every sequence back to what is recorded of it."""
         for request in self._requests:
-            if request.started and request.sequence is not None:
+            if request.started and request.wants_step:  # the others leave; a kept sequence is cut when it is next used
                 request.check_done()
                 if request.sequence.n_past > request.n_cached:
                     request.sequence.truncate(request.n_cached)
@@ -287,13 +287,28 @@ class Scheduler:
         try:
             results = self._model.step(items)
         except Exception as error:
-            for request in members:
-                request.error = error
+            if len(members) == 1:
+                members[0].error = error
+            else:
+                self._step_apart(members, items)
             return
         now = time.perf_counter()
         for request, item, result in zip(members, items, results, strict=True):
             request.settle(len(item[1]), result, now)
         self._dirty = False
+
+    def _step_apart(self, members: list[Request], items: list[tuple[Any, Any, Any, str]]) -> None:
+        """After a step that failed: each member's part of it alone, so that only the one to blame gets an error.
+
+        A step that raises has changed no sequence, and a part gives alone what it gives among others.
+        """
+        for request, item in zip(members, items, strict=True):
+            try:
+                (result,) = self._model.step([item])
+            except Exception as error:
+                request.error = error
+            else:
+                request.settle(len(item[1]), result, time.perf_counter())
 
     def _fail_all(self, error: Exception) -> None:
         for request in list(self._requests):

@@ -264,6 +264,69 @@ def test_a_failing_step_fails_its_requests_and_no_later_one() -> None:
     assert all(sequence.closed for sequence in model.sequences)
 
 
+@pytest.mark.parametrize("poisons", [(50,), (50, 51), (1, 50, 51, 80)], ids=str)
+def test_a_failure_is_its_own_requests_alone(poisons: tuple[int, ...]) -> None:
+    """A prompt with a poisonous token makes every step fail that holds it; its neighbours must not notice."""
+
+    class Poisoned(FakeModel):
+        def step(self, items: list[Any]) -> list[Any]:
+            prompts = [tokens for sequence, tokens, _, _ in items if sequence.n_past < sequence.prompt_len]
+            found = [int(token) for tokens in prompts for token in tokens if token in poisons]
+            if found:
+                raise ValueError(f"poison {found[0]}")
+            return super().step(items)
+
+    prompts = [[1, 2, 3], [50, 4], [7, 8], [51, 5, 6], [9] * 20, [*range(60, 90)]]
+    requests = [request(prompt, 6) for prompt in prompts] + [request([80, 2, 3], sampler=None), request([3], 6)]
+    model = Poisoned(max_batch_tok=32)
+    scheduler = Scheduler(model)
+    finish(scheduler, requests)
+    for made in requests:
+        prompt = made.prompt.tolist()
+        blame = [token for token in prompt if token in poisons]
+        if blame:
+            assert isinstance(made.error, ValueError) and str(made.error) == f"poison {blame[0]}"
+            continue
+        assert made.error is None
+        if made.sampler is None:
+            rows = np.concatenate([result.logits for result in made.results])
+            assert rows[:, 0].tolist() == [next_token(prompt[: i + 1]) for i in range(3)]
+        else:
+            alone = request(prompt, 6)
+            finish(Scheduler(FakeModel()), [alone])
+            assert tokens_of(made) == tokens_of(alone) == continuation(prompt, 6)
+    assert sum(made.error is None for made in requests) == len(requests) - sum(
+        bool(set(poisons) & set(made.prompt.tolist())) for made in requests
+    )
+    assert all(sequence.closed for sequence in model.sequences) and not scheduler._requests
+
+
+def test_an_interrupt_while_a_failed_step_is_taken_apart() -> None:
+    """Steps 0 (all) and 1 (the first alone) fail and succeed; Ctrl-C strikes the next: nothing is lost or repeated."""
+    calls: list[int] = []
+
+    class Broken(FakeModel):
+        def step(self, items: list[Any]) -> list[Any]:
+            calls.append(len(items))
+            if len(calls) == 1:
+                raise ValueError("boom")
+            if len(calls) == 3:
+                super().step(items)
+                raise KeyboardInterrupt
+            return super().step(items)
+
+    scheduler = Scheduler(Broken(max_batch_tok=64))
+    others = [request([i, i + 1], 5) for i in range(4)]
+    scheduler.submit(others)
+    with pytest.raises(KeyboardInterrupt):
+        finish(scheduler, [request([9], 30)])
+    assert calls[:3] == [5, 1, 1]
+    scheduler.advance(lambda: not any(r.wants_step for r in others))
+    scheduler.release(others)
+    for other in others:
+        assert tokens_of(other) == continuation(other.prompt.tolist(), 5)
+
+
 def test_closing_fails_what_runs_and_refuses_what_comes() -> None:
     model = FakeModel()
     scheduler = Scheduler(model)
