@@ -127,6 +127,26 @@ def test_every_source_stands_in_the_architecture() -> None:
     assert missing == set(), "say in docs/ARCHITECTURE.md what these are for"
 
 
+def test_every_extra_and_make_target_that_is_named_exists() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    table = project.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", table, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    places = [ROOT / "README.md", ROOT / "Makefile", ROOT / ".ci" / "run", *(ROOT / "benchmarks").glob("*.md")]
+    places += [*(ROOT / "scripts").glob("*.sh"), *(ROOT / "pyllama").glob("*.py"), *(ROOT / "docs").glob("*.md")]
+    found: set[str] = set()
+    for place in filter(Path.is_file, places):  # .ci is not in the source distribution
+        text = place.read_text()
+        named = re.findall(r"(?:'\.|'pyllama)\[([\w,]+)\]'", text)
+        assert {extra for some in named for extra in some.split(",")} <= extras, place
+        found |= set(named)
+        if place.name in ("README.md", "run"):
+            lines = re.findall(r"^(?: {4}|step \"[^\"]+\" )make ([a-z -]+)", text, re.MULTILINE)
+            assert lines and {target for line in lines for target in line.split()} <= targets, place
+    assert found
+
+
 def public_names(body: list[ast.stmt]) -> set[str]:
     names: set[str] = set()
     for node in body:
