@@ -202,7 +202,9 @@ def _converted(source: Path, format: str | None) -> Path:
             f"{target.parent}: the folder for converted models cannot be made ({error.strerror}); "
             "set XDG_CACHE_HOME, or convert with `quantize` and open the result"
         ) from None
-    with _locked(target.with_name(target.name + ".lock")):
+    with _locked(target.with_name(target.name + ".lock")) as alone:
+        if alone:
+            _sweep(target)
         if not is_model_folder(target):  # another process may have made it while we waited
             plan = make_plan(opened, format=format)
             message = f"converting {source} once, {plan.payload_bytes / 1e6:.0f} MB of {plan.format}, into {target}"
@@ -213,6 +215,13 @@ def _converted(source: Path, format: str | None) -> Path:
     return target
 
 
+def _sweep(target: Path) -> None:
+    """Removes what killed conversions to `target` left beside it. Only for who holds the lock: nobody is writing it."""
+    for path in target.parent.iterdir():
+        if path.name.startswith(f".{target.name}.") and path.suffix in (".partial", ".old"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _show_progress(progress: Any) -> None:
     print(f"\r{100 * progress.done // progress.total:3d} %", end="", file=sys.stderr, flush=True)
     if progress.done == progress.total:
@@ -220,14 +229,16 @@ def _show_progress(progress: Any) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock between processes, where the system has such; elsewhere converting twice costs only time."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Holds a lock between processes and gives True, where the system has such; elsewhere False: converting twice costs
+    only time.
+    """
     try:
         import fcntl
     except ImportError:
-        yield
+        yield False
         return
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield True
     # the lock's file stays: removing it would let two waiters hold locks on two different files

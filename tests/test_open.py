@@ -94,6 +94,32 @@ def test_two_processes_convert_once(gguf: Path, own_cache: Path) -> None:
     assert len(folders(own_cache)) == 1
 
 
+def test_what_killed_conversions_left_behind_is_swept(gguf: Path, own_cache: Path) -> None:
+    """Only what belongs to the same model: another one may be in the making under its own lock."""
+    target = locate(gguf)
+    left = [own_cache / f".{target.name}.0123abcd.{suffix}" for suffix in ("partial", "old")]
+    others = [own_cache / name for name in (f".{target.name}0.0123abcd.partial", ".other-1.0123abcd.partial")]
+    for folder in [*left, *others]:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"x")
+    (target / "config.json").unlink()
+    assert locate(gguf) == target
+    assert [path.exists() for path in left] == [False, False]
+    assert all((folder / "model.safetensors").exists() for folder in others)
+
+
+def test_a_killed_conversion_is_swept_by_the_next(gguf: Path, own_cache: Path) -> None:
+    code = (
+        "import os, signal, quantize.writer as writer; from pyllama.open import locate;"
+        "writer.os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        f"locate({str(gguf)!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -9
+    assert [path.suffix for path in folders(own_cache)] == [".partial"]
+    target = locate(gguf)
+    assert folders(own_cache) == [target]
+
+
 def test_what_a_broken_conversion_left_behind_is_replaced(gguf: Path) -> None:
     target = locate(gguf)
     (target / "config.json").unlink()
