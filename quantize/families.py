@@ -30,7 +30,7 @@ LIMITS = {
     "n_kv_heads": 1 << 12,
     "head_dim": 1 << 11,
     "vocab_size": 1 << 22,
-    "max_seq_len": 1 << 27,
+    "max_seq_len": 1 << 26,
 }
 
 # Shape of each tensor in fields of the canonical config; a product joins two of them.
@@ -295,11 +295,11 @@ ROPE_TYPES: dict[str, dict[str, tuple[float, float, bool]]] = {
         **_FACTOR,
         "low_freq_factor": (1e-6, 1e6, True),
         "high_freq_factor": (1e-6, 1e6, True),
-        "original_max_position_embeddings": (1, 1 << 27, True),
+        "original_max_position_embeddings": (1, 1 << 26, True),
     },
     "yarn": {
         **_FACTOR,
-        "original_max_position_embeddings": (1, 1 << 27, False),
+        "original_max_position_embeddings": (1, 1 << 26, False),
         "attention_factor": (1e-6, 1e6, False),
         "beta_fast": (1e-6, 1e6, False),
         "beta_slow": (1e-6, 1e6, False),

@@ -395,6 +395,16 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"norm_eps": 0}, "norm_eps is 0"),
         ({"norm_eps": "1e-5"}, "norm_eps is '1e-5'"),
         ({"rope_theta": -1.0}, "rope_theta is -1"),
+        ({"rope_theta": 0.99}, r"rope_theta is 0\.99, expected at least 1"),
+        ({"max_seq_len": 2**26 + 1}, "max_seq_len is 67108865, expected an integer of 1 to 67108864"),
+        ({"n_heads": 2**14, "n_kv_heads": 1, "head_dim": 2**13}, "n_heads is 16384, expected .* at most 67108864"),
+        ({"source": [1]}, r"source is \[1\], expected null or an object whose name and kind are text"),
+        ({"source": "x"}, "source is 'x', expected null or an object"),
+        ({"source": {"name": 7}}, "source is {'name': 7}, expected null or an object"),
+        ({"source": {"name": "a", "kind": None}}, "source is .*, expected null or an object"),
+        ({"quantization": [1]}, r"quantization is \[1\], expected null or an object"),
+        ({"quantization": "x"}, "quantization is 'x', expected null or an object"),
+        ({"quantization": 0}, "quantization is 0, expected null or an object"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected null or an object"),
         ({"tied_embeddings": 1}, "tied_embeddings is 1"),
         ({"tied_embeddings": True}, "tensor 'output' has no place .* tied"),
@@ -408,6 +418,22 @@ def test_config_that_does_not_fit(changes: dict[str, Any], message: str, sound: 
     edit_config(folder, **changes)
     with pytest.raises(ModelFormatError, match=message):
         read_model_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": None, "quantization": None},
+        {"source": ..., "quantization": ...},
+        {"source": {}, "quantization": {}},
+        {"max_seq_len": 2**26, "rope_theta": 1},
+    ],
+    ids=str,
+)
+def test_config_that_just_fits(changes: dict[str, Any], sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    edit_config(folder, **changes)
+    assert set(read_model_folder(folder).tensors) == set(read_model_folder(sound).tensors)
 
 
 def rewrite(folder: Path, change: Any) -> None:

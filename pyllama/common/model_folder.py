@@ -28,7 +28,7 @@ ARCHITECTURES = ("llama",)
 NO_CHECKSUM = "0" * 64  # stands in the header until the payload is written
 
 _MAX_LAYERS = 10_000
-_MAX_SIDE = 2**31 - 1
+_MAX_SIDE = 1 << 26  # the engine's own limit: far beyond any model, and products of two fit 64 bits
 _SIZES = ("dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len")
 
 
@@ -157,11 +157,19 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         number = config.get(key)
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1e38:
             fail(key, "a positive number")
+    if config["rope_theta"] < 1:  # pairs would turn faster and faster, beyond what float32 holds
+        fail("rope_theta", "at least 1")
     if not isinstance(config.get("tied_embeddings"), bool):
         fail("tied_embeddings", "true or false")
     scaling = config.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, dict):
         fail("rope_scaling", "null or an object")
+    for key in ("source", "quantization"):  # information only, but shown to people
+        about = config.get(key)
+        if about is None:
+            continue
+        if not isinstance(about, dict) or not all(isinstance(about.get(k, ""), str) for k in ("name", "kind")):
+            fail(key, "null or an object whose name and kind are text")
     _check_token_ids(config, where)
 
 

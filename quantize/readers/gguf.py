@@ -319,7 +319,7 @@ def _rope_scaling(fields: Fields, gguf: GgufFile, config: dict[str, Any]) -> dic
 def _yarn(fields: Fields, prefix: str, factor: float) -> dict[str, Any]:
     out: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
     if fields.get(prefix + "original_context_length") is not None:
-        out["original_max_position_embeddings"] = fields.integer(prefix + "original_context_length", 1, 1 << 27)
+        out["original_max_position_embeddings"] = fields.integer(prefix + "original_context_length", 1, 1 << 26)
     extra = fields.number(prefix + "attn_factor", 1e-6, 1e6, 1.0)
     if extra != 1.0:  # there it multiplies YaRN's own factor, in Hugging Face's config it replaces it
         out["attention_factor"] = extra * (0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0)
