@@ -15,6 +15,7 @@ from .demo import demo_source
 from .native import load_native
 
 _PROBE_S = 0.5
+_PROBE_BYTES = 2 << 30  # what must be free: the probe reads 1 GiB, and must not push others out of memory
 # package → what it is needed for, and whether everything else works without it
 _PACKAGES: dict[str, tuple[str, bool]] = {
     "numpy": ("arrays", False),
@@ -65,11 +66,29 @@ def _engine() -> list[Finding]:
 
 
 def _bandwidth(native: Any, threads: int) -> Finding:
+    free = _available_bytes()
+    if free is not None and free < _PROBE_BYTES:
+        why = f"{free / 2**30:.1f} GiB of memory are free, measuring takes {_PROBE_BYTES / 2**30:.0f}"
+        return Finding("bandwidth", "missing", f"not measured: {why}")
     try:
         gb_per_s = native.read_bandwidth(threads, _PROBE_S)
     except ValueError as error:  # an impossible PYLLAMA_ISA
         return Finding("bandwidth", "missing", f"not measured: {error}")
+    except MemoryError:  # a limit that the system's free memory does not tell of
+        return Finding("bandwidth", "missing", "not measured: out of memory")
     return Finding("bandwidth", "ok", f"{gb_per_s:.1f} GB/s read with {threads} threads, measured now")
+
+
+def _available_bytes() -> int | None:
+    """Memory that programs can get without swapping; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
 
 
 def _isa(runs: list[str], lacks: list[str]) -> Finding:

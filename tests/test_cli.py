@@ -14,15 +14,22 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pyllama import ContextLengthError, __version__
+from pyllama import ContextLengthError, Piece, __version__
+from pyllama.chat_template import ChatTemplate
 from pyllama.cli.chat import Conversation, talk
 from pyllama.cli.main import main
-from pyllama.cli.terminal import Screen, history_path
-from pyllama.open import cache_folder
+from pyllama.cli.terminal import PlainTerminal, Screen, Terminal, history_path, json_text, safe
+from pyllama.common.errors import PyllamaError
+from pyllama.doctor import _available_bytes
+from pyllama.native import load_native
+from pyllama.open import cache_folder, locate
 from tests import make_sources as make
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +110,122 @@ def test_what_is_not_a_user_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("pyllama.cli.info.describe", lambda model: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["info"])
+
+
+# -------------------------------------------------------------------------------- what reaches a terminal
+
+EVIL = "a\x1b]0;title\x07b\x9b31mc\x00\x7fd\r\x08\n\te\u00e9\u4e2d"
+TAME = "a]0;titleb31mcd\n\te\u00e9\u4e2d"
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@given(st.lists(st.text(st.characters(max_codepoint=0x200), max_size=8), max_size=5))
+def test_safe_text_is_the_same_however_it_is_cut(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert "".join(map(safe, pieces)) == safe(text)
+    allowed = [c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160)]
+    assert safe(text) == "".join(allowed)
+    encoded = json_text({"text": text})
+    assert json.loads(encoded) == {"text": text} and not CONTROLS.search(encoded)
+
+
+@pytest.mark.parametrize("kind", [Screen, PlainTerminal, Terminal])
+def test_screens_obey_nothing_that_a_model_says(
+    kind: type[Screen], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind is Terminal:
+        pytest.importorskip("prompt_toolkit")
+        pytest.importorskip("rich")
+    screen = kind()
+    for piece in (EVIL[:2], EVIL[2:9], EVIL[9:]):  # cut inside a sequence
+        screen.write(piece)
+    screen.end_reply()
+    assert capsys.readouterr().out == TAME + "\n"
+    screen.note("note \x1b[2J\x9bm")
+    said = capsys.readouterr()
+    assert (said.out + said.err).strip() == "note [2Jm"
+
+
+class EvilLLM:
+    """Says EVIL, in two pieces."""
+
+    def __enter__(self) -> EvilLLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def stream(self, prompt: Any, **options: Any) -> Iterator[Piece]:
+        yield Piece(EVIL[:2], 1, None, None)
+        yield Piece(EVIL[2:], 2, "stop", None)
+
+    def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
+        return [1]
+
+    def session(self) -> Any:
+        return SimpleNamespace(stream=self.stream, reply=None)
+
+
+class TerminalText(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_generate_cleans_for_a_terminal_and_not_for_a_pipe(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyllama.cli.generate.open_llm", lambda arguments: EvilLLM())
+    assert main(["generate", "-p", "x"]) == 0
+    assert capsys.readouterr().out == EVIL + "\n"
+    terminal = TerminalText()
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["generate", "-p", "x"]) == 0
+    assert terminal.getvalue() == TAME + "\n"
+
+
+def test_one_question_is_answered_cleanly(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyllama.cli.chat.open_llm", lambda arguments: EvilLLM())
+    assert main(["chat", "-p", "x"]) == 0
+    assert capsys.readouterr().out == TAME + "\n"
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_info_and_errors_show_files_cleanly(gguf: Path, capsys: Captured) -> None:
+    folder = edit_config(locate(gguf), source={"name": "evil\x1b[2J\n\x9bname", "kind": "\x07gguf"})
+    capsys.readouterr()
+    assert main(["info", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert not CONTROLS.search(out) and re.search(r"^source +evil\[2J name \(gguf\)$", out, re.MULTILINE)
+    assert main(["info", "--json", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert not CONTROLS.search(out) and json.loads(out)["config"]["source"]["name"] == "evil\x1b[2J\n\x9bname"
+    assert main(["bench", str(folder), "-p", "2", "-n", "0", "-r", "1", "-t", "1"]) == 0
+    out = capsys.readouterr().out
+    assert not CONTROLS.search(out) and "| evil[2J name |" in out
+    for bad in ("evil\x1b[2J\x9b", ["\x1b\x9b"]):
+        assert main(["info", str(edit_config(folder, architecture=bad))]) == 1
+        assert not CONTROLS.search(capsys.readouterr().err)
+    assert main(["info", "no\x1b[2J\x9bwhere"]) == 1
+    assert capsys.readouterr().err.startswith("pyllama: no[2Jwhere: no such file")
+
+
+@pytest.mark.parametrize("key", ["source", "quantization"])
+def test_info_and_bench_of_odd_origins(key: str, gguf: Path, capsys: Captured) -> None:
+    folder = locate(gguf)
+    bench = ["bench", str(folder), "-p", "2", "-n", "0", "-r", "1", "-t", "1"]
+    for value in ([1], "x", {"name": 3}):
+        edit_config(folder, **{key: value})
+        for argv in (["info", str(folder)], bench):
+            assert main(argv) == 1
+            assert f"config.json: {key} is " in capsys.readouterr().err
+    edit_config(folder, **{key: None})
+    assert main(["info", str(folder)]) == 0
+    assert ("source         unknown" in capsys.readouterr().out) == (key == "source")
+    assert main(bench) == 0
+    assert (f"| {folder.name} |" in capsys.readouterr().out) == (key == "source")
 
 
 # -------------------------------------------------------------------------------- generate
@@ -260,6 +383,74 @@ def test_ctrl_c_stops_only_the_reply(conversation: Conversation) -> None:
     assert any("tok/s" in note for note in screen.notes)
 
 
+class Strict:
+    """A template that refuses the system's role, and shouting."""
+
+    def __init__(self, template: Any) -> None:
+        self.template = template
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.template, name)
+
+    def render(self, messages: list[dict[str, str]], *arguments: Any, **options: Any) -> str:
+        if any(m["role"] == "system" and "cat" in m["content"] for m in messages):
+            raise ValueError("the template refuses: no cats")
+        if any("!" in m["content"] for m in messages if m["role"] == "user"):
+            raise PyllamaError("the template broke: do not shout")
+        return str(self.template.render(messages, *arguments, **options))
+
+
+def test_what_cannot_be_sent_is_said_and_the_chat_goes_on(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation.llm, "_chat_template", Strict(conversation.llm._chat_template))
+    list(conversation.ask("Hello"))
+    before = list(conversation.messages)
+    screen = Script(["Hi!", "lone \udcff", "/system Be a cat.", "/system \udcff", "/stats"])
+    assert talk(conversation, screen) == 0
+    assert conversation.messages == before and conversation.system == "Be brief." and not screen.written
+    refused = [note for note in screen.notes if note.startswith("not s")]
+    assert refused[0] == "not sent: the template broke: do not shout"
+    assert refused[1].startswith("not sent: ") and "surrogate" in refused[1]
+    assert refused[2] == "not set, the system prompt is the old one: the template refuses: no cats"
+    assert refused[3].startswith("not set, the system prompt is the old one: ")
+    assert len(refused) == 4 and screen.notes[-1].startswith("context: ")
+    assert talk(conversation, Script(["Hello"])) == 0
+    assert [m["role"] for m in conversation.messages[len(before) :]] == ["user", "assistant"]
+    assert talk(conversation, Script(["/system Be kind."])) == 0
+    assert conversation.messages == [{"role": "system", "content": "Be kind."}]
+
+
+def test_an_answer_that_breaks_off_is_said(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*arguments: Any, **options: Any) -> Iterator[Piece]:
+        yield Piece("So", 1, None, None)
+        raise PyllamaError("boom")
+
+    monkeypatch.setattr(conversation.session, "stream", breaks)
+    screen = Script(["Hello"])
+    assert talk(conversation, screen) == 0
+    assert screen.notes[-1] == "the reply broke off: boom" and screen.written == ["So", "\n"]
+    assert conversation.messages[-1] == {"role": "assistant", "content": "So"}
+
+
+def test_a_pipe_that_is_no_utf_8(demo_model: Path) -> None:
+    command = [*PYTHON, "chat", str(demo_model), "--max-tokens", "24", *FAST]
+    asked = b"\xed\xa0\x80 or \xff?\nWhat is the capital of Germany?\n"
+    done = subprocess.run(command, cwd=ROOT, input=asked, capture_output=True)
+    assert done.returncode == 0 and b"Berlin" in done.stdout
+    assert b"not sent: " in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_system_prompt_that_is_refused_is_an_error_at_once(
+    demo_model: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render = ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda self, *a, **o: Strict(SimpleNamespace(
+        render=lambda *b, **p: render(self, *b, **p))).render(*a, **o))  # fmt: skip
+    assert main(["chat", str(demo_model), "--system", "a cat", "-p", "Hi", *FAST]) == 1
+    assert capsys.readouterr() == ("", "pyllama: the template refuses: no cats\n")
+
+
 # Makes the terminal at stdin the session's own, so that Ctrl-C reaches the command, and becomes the command.
 ON_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -390,6 +581,35 @@ def test_doctor(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYLLAMA_ISA", "mmx")
     assert main(["doctor"]) == 1
     assert "[BAD] PYLLAMA_ISA=mmx: no such kernels in this build" in capsys.readouterr().out
+
+
+def test_doctor_measures_only_where_there_is_memory(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYLLAMA_ISA", raising=False)
+    native = load_native()
+
+    def no_memory(threads: int, seconds: float) -> float:
+        raise MemoryError
+
+    fake = SimpleNamespace(**{name: getattr(native, name) for name in dir(native) if not name.startswith("__")})
+    fake.read_bandwidth = no_memory
+    monkeypatch.setattr("pyllama.doctor.load_native", lambda: fake)
+    monkeypatch.setattr("pyllama.doctor._available_bytes", lambda: None)
+    assert main(["doctor"]) == 0
+    assert re.search(r"bandwidth +\[missing\] not measured: out of memory\n", capsys.readouterr().out)
+    fake.read_bandwidth = lambda threads, seconds: pytest.fail("measured all the same")
+    monkeypatch.setattr("pyllama.doctor._available_bytes", lambda: (2 << 30) - 1)
+    assert main(["doctor"]) == 0
+    assert "not measured: 2.0 GiB of memory are free, measuring takes 2" in capsys.readouterr().out
+    fake.read_bandwidth = lambda threads, seconds: 12.5
+    monkeypatch.setattr("pyllama.doctor._available_bytes", lambda: 2 << 30)
+    assert main(["doctor"]) == 0
+    assert "12.5 GB/s read with" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="no /proc/meminfo here")
+def test_doctor_knows_the_free_memory() -> None:
+    free = _available_bytes()
+    assert free is not None and 1 << 20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_doctor_without_the_extension(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ prompt.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .options import UsageError, positive
+from .terminal import json_text, safe
 
 _PROBE_S = 0.4  # seconds of each measurement of the machine
 _N_CTX = 8192
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         for test in tests:
             print(f"{test.name}: {arguments.repetitions} runs …", file=sys.stderr, flush=True)
             records.append(bench.measure(test, arguments.repetitions))
-    print(json.dumps(records, indent=2) if arguments.output == "json" else markdown(records))
+    print(json_text(records, indent=2) if arguments.output == "json" else safe(markdown(records)))
     return 0
 
 
@@ -95,7 +95,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, str]:
         if arguments.format or arguments.group_size:
             raise UsageError("--format and --group-size go with --synthetic; a model file has its own")
         opened = open_model(arguments.model or "demo")
-        return opened, str(opened.config.get("source", {}).get("name") or opened.path.name)
+        return opened, (opened.config.get("source") or {}).get("name") or opened.path.name
     if arguments.model is not None:
         raise UsageError("name a MODEL or give --synthetic, not both")
     format, group = arguments.format or "q4", arguments.group_size or 32
@@ -234,6 +234,6 @@ def markdown(records: list[dict[str, Any]]) -> str:
             share = f"{100 * r['peak_share']:.0f} % of int8 peak"
         speed = f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"
         size, params = f"{r['model_size'] / 2**20:.1f} MiB", f"{r['model_n_params'] / 1e6:.1f} M"
-        cells = [r["model"], size, params, r["n_threads"], r["isa"], r["test"], speed, share]
+        cells = [" ".join(r["model"].split()), size, params, r["n_threads"], r["isa"], r["test"], speed, share]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

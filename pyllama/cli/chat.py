@@ -59,7 +59,8 @@ class Conversation:
     def ask(self, text: str) -> Generator[str, None, None]:
         """Adds the user's turn and yields the answer's pieces; the answer, or what was written of it, becomes a turn.
 
-        Raises ContextLengthError at once, with the conversation as it was, when the turn does not fit.
+        Raises at once, with the conversation as it was: ContextLengthError when the turn does not fit, PyllamaError
+        when the template refuses it, ValueError for text that cannot be encoded.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         stream = self.session.stream(self.llm.encode_chat(messages), **self.options)
@@ -102,25 +103,29 @@ class Conversation:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .terminal import make_screen
+    from .terminal import Screen, make_screen
 
     options = sampling_options(arguments)
     with open_llm(arguments) as llm:
-        llm.render_chat(
-            [{"role": "user", "content": "?"}]
-        )  # a model that cannot chat says so before the first question
+        check_system(llm, arguments.system)  # a model that cannot chat says so before the first question
         conversation = Conversation(llm, arguments.system, options)
         if arguments.prompt is not None:
-            return _ask_once(conversation, arguments.prompt)
+            return _ask_once(conversation, Screen(), arguments.prompt)
         return talk(conversation, make_screen())
 
 
-def _ask_once(conversation: Conversation, prompt: str) -> int:
+def check_system(llm: LLM, system: str | None) -> None:
+    """Raises PyllamaError or ValueError when the model cannot chat, or not with this system prompt."""
+    opening = [{"role": "system", "content": system}] if system else []
+    llm.encode_chat([*opening, {"role": "user", "content": "?"}])
+
+
+def _ask_once(conversation: Conversation, screen: Screen, prompt: str) -> int:
     text = sys.stdin.read() if prompt == "-" else prompt
     for piece in conversation.ask(text):
-        print(piece, end="", flush=True)
-    print(flush=True)
-    print(f"[{conversation.speed()}]", file=sys.stderr)
+        screen.write(piece)
+    screen.end_reply()
+    screen.note(f"[{conversation.speed()}]")
     return 0
 
 
@@ -145,6 +150,8 @@ def talk(conversation: Conversation, screen: Screen) -> int:
 
 def _command(conversation: Conversation, screen: Screen, text: str) -> bool:
     """Carries out a /command; False to leave."""
+    from ..common.errors import PyllamaError
+
     name, _, rest = text.partition(" ")
     if name in ("/exit", "/quit"):
         return False
@@ -152,7 +159,13 @@ def _command(conversation: Conversation, screen: Screen, text: str) -> bool:
         conversation.clear()
         screen.note("forgotten")
     elif name == "/system":
-        conversation.system = rest.strip() or None
+        system = rest.strip() or None
+        try:
+            check_system(conversation.llm, system)
+        except (PyllamaError, ValueError) as error:
+            screen.note(f"not set, the system prompt is the old one: {error}")
+            return True
+        conversation.system = system
         conversation.clear()
         screen.note("system prompt set, conversation started over" if conversation.system else "no system prompt")
     elif name == "/stats":
@@ -166,18 +179,26 @@ def _command(conversation: Conversation, screen: Screen, text: str) -> bool:
 
 
 def _answer(conversation: Conversation, screen: Screen, text: str) -> None:
-    from ..common.errors import ContextLengthError
+    from ..common.errors import ContextLengthError, PyllamaError
 
     while True:
         try:
-            stopped = _print_reply(conversation, screen, text)
+            pieces = conversation.ask(text)
         except ContextLengthError as error:
             screen.note(f"the context is full: {error}")
             if not screen.confirm("drop the oldest turns?") or not conversation.drop_oldest_turn():
                 screen.note("not sent; /clear starts over")
                 return
             continue
+        except (PyllamaError, ValueError) as error:  # the template's refusal, say, or text that is no text
+            screen.note(f"not sent: {error}")
+            return
         break
+    try:
+        stopped = _print_reply(screen, pieces)
+    except (PyllamaError, ValueError) as error:
+        screen.note(f"the reply broke off: {error}")
+        return
     if stopped:
         screen.note("[stopped]")
         return
@@ -187,9 +208,8 @@ def _answer(conversation: Conversation, screen: Screen, text: str) -> None:
         screen.note("the context is full: the reply was cut there")
 
 
-def _print_reply(conversation: Conversation, screen: Screen, text: str) -> bool:
+def _print_reply(screen: Screen, pieces: Generator[str, None, None]) -> bool:
     """Prints the answer as it comes; True when Ctrl-C stopped it."""
-    pieces = conversation.ask(text)
     try:
         for piece in pieces:
             screen.write(piece)

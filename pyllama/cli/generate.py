@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from .options import add_model, add_sampling, open_llm, sampling_options
+from .terminal import json_text, safe
 
 if TYPE_CHECKING:
     from ..outputs import RequestOutput
@@ -30,10 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
     with open_llm(arguments) as llm:
         if arguments.json:
             output = llm.generate(prompt, logprobs=arguments.logprobs, **options)
-            print(json.dumps(output_record(output), ensure_ascii=False))
+            print(json_text(output_record(output)))
             return 0
+        to_people = sys.stdout.isatty()  # a file or a pipe gets the text as it is
         for piece in llm.stream(prompt, **options):
-            print(piece.text, end="", flush=True)
+            print(safe(piece.text) if to_people else piece.text, end="", flush=True)
         print()
     return 0
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
+
+from .terminal import json_text, safe
 
 
 def add_parser(commands: Any) -> None:
@@ -16,7 +17,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     record = describe(arguments.model)
-    print(json.dumps(record, ensure_ascii=False) if arguments.json else text(record))
+    print(json_text(record) if arguments.json else safe(text(record)))
     return 0
 
 
@@ -72,7 +73,7 @@ def text(record: dict[str, Any]) -> str:
         ("tokenizer", record["tokenizer"]),
         ("chat template", "yes" if record["chat_template"] else "no"),
     ]
-    lines = [f"{name:<14} {value}" for name, value in rows]
+    lines = [" ".join(f"{name:<14} {value}".splitlines()) for name, value in rows]  # a name may hold line ends
     if record["foreign"]:
         lines.insert(1, f"{'note':<14} a foreign checkpoint; sizes are those that it will have when it is converted")
     lines += ["", f"{'format':<10} {'tensors':>8} {'parameters':>15} {'MB':>10} {'bits/weight':>12}"]

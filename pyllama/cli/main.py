@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import bench, chat, doctor, generate, info
 from .options import UsageError
+from .terminal import safe
 
 _EPILOG = """\
 MODEL is a model folder, a .gguf file, a Hugging Face folder, or "demo" (also when left out).
@@ -69,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except (PyllamaError, ValueError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("PYLLAMA_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"pyllama: {_one_line(error)}", file=sys.stderr)
+        print(f"pyllama: {safe(_one_line(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -1,14 +1,34 @@
 """Where a chat reads and writes: a terminal with history, keys and colour, or plain lines through pipes.
 
-Replies go to stdout, everything else to stderr when stdout is not a terminal. Knows nothing about models.
+Replies go to stdout, everything else to stderr when stdout is not a terminal. What a model or a file says reaches a
+terminal only through `safe` (or `json_text`). Knows nothing about models.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def safe(text: str) -> str:
+    """`text` without control characters, but with its line ends and tabs: a terminal shows it and obeys nothing in it.
+
+    Every escape sequence starts with one of these characters, so text may be cleaned piece by piece.
+    """
+    return _CONTROLS.sub("", text)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that is readable and has no control character in it: those are escaped, nothing is lost."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class Screen:
@@ -26,7 +46,7 @@ class Screen:
 
     def write(self, text: str) -> None:
         """A piece of a reply, at once."""
-        print(text, end="", flush=True)
+        print(safe(text), end="", flush=True)
 
     def end_reply(self) -> None:
         """The reply is over."""
@@ -34,7 +54,7 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Something that is not part of a reply."""
-        print(text, file=sys.stderr, flush=True)
+        print(safe(text), file=sys.stderr, flush=True)
 
     def confirm(self, question: str) -> bool:
         """Nobody is there to ask: the answer is no, and nothing is dropped silently."""
@@ -62,7 +82,7 @@ class Terminal(Screen):
             return None
 
     def note(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False, soft_wrap=True)
+        self._console.print(safe(text), style="dim", markup=False, soft_wrap=True)
 
     def confirm(self, question: str) -> bool:
         from prompt_toolkit import prompt
@@ -114,6 +134,8 @@ def make_screen() -> Screen:
         except ImportError as error:
             print(f"plain input, because {error.name} is not installed", file=sys.stderr)
             return PlainTerminal()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is no UTF-8 is refused, and the next one read
+        sys.stdin.reconfigure(errors="surrogateescape")
     return Screen()
 
 
