@@ -171,8 +171,6 @@ void bind_ops(py::module_& module) {
   ops.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("pos"), isa,
           py::arg("threads") = 1,
           "Causal attention; q [n_tok, n_heads, head_dim], k and v [pos + n_tok, n_kv_heads, head_dim].");
-  ops.def("int8_peak", &int8_peak, py::arg("threads"), py::arg("seconds"), isa,
-          py::call_guard<py::gil_scoped_release>(), "int8 dot products from registers, in 1e9 operations per second.");
 }
 
 }  // namespace pyllama

@@ -101,8 +101,6 @@ class ops:
         q: ArrayLike, k: ArrayLike, v: ArrayLike, pos: int, isa: str = "", threads: int = 1,
     ) -> NDArray[np.float32]:
         """Causal: q [n_tok, n_heads, head_dim] at positions pos…, k and v [pos + n_tok, n_kv_heads, head_dim]."""
-    @staticmethod
-    def int8_peak(threads: int, seconds: float, isa: str = "") -> float: ...   # the same as above
     @overload
     @staticmethod
     def portable_exp(x: float) -> float: ...   # float64, x <= 709, without libm

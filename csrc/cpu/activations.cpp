@@ -82,13 +82,12 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
 }
 
 MatmulArgs Activations::arguments(const Product& p) const {
-  auto& self = const_cast<Activations&>(*this);
   MatmulArgs a{};
   a.w = view(*p.w);
   a.M = M_;
-  a.xq = {self.q_.data(), ld_q_, self.scale_.data(), self.sum_.data(), nullptr};
+  a.xq = {q_.data(), ld_q_, scale_.data(), sum_.data(), nullptr};
   if (info(p.w->format).has_offset) {
-    a.xq.group_sum = (p.w->group == 32 ? self.sum32_ : p.w->group == 64 ? self.sum64_ : self.sum128_).data();
+    a.xq.group_sum = (p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_).data();
   }
   a.x = rows_;
   a.ldx = ld_rows_;

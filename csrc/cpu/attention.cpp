@@ -10,22 +10,25 @@ static_assert(kPageTok == 64, "kernels_attention.inc counts on pages of 64");
 static_assert(kSplitTok % kPageTok == 0, "a split is whole pages");
 
 Attention::Attention(const Config& config, const Kernels& kernels, ThreadPool& pool)
-    : config_(config), kernels_(kernels), pool_(pool), wide_(static_cast<int>(round_up(config.head_dim, 16))) {}
+    : config_(config),
+      kernels_(kernels),
+      pool_(pool),
+      group_(config.n_heads / config.n_kv_heads),
+      wide_(static_cast<int>(round_up(config.head_dim, 16))) {}
 
 void Attention::plan(const Step& step) {
   step_ = &step;
   tiles_.clear();
   tasks_.clear();
-  const int group = config_.n_heads / config_.n_kv_heads;
   max_splits_ = 1;
   int64_t slots = 0;
   for (int s = 0; s < step.n_spans; s++) {
     const Span& span = step.spans[s];
-    const int rows = span.n_tok * group;
+    const int rows = span.n_tok * group_;
     for (int h = 0; h < config_.n_kv_heads; h++) {
       for (int row = 0; row < rows; row += kMaxQueryRows) {
         const int n = std::min(kMaxQueryRows, rows - row);
-        const int last = span.pos + (row + n - 1) / group + 1;  // keys that the last row sees
+        const int last = span.pos + (row + n - 1) / group_ + 1;  // keys that the last row sees
         const int splits = (last + kSplitTok - 1) / kSplitTok;
         tiles_.push_back({s, h, row, n, splits, slots});
         slots += splits;
@@ -47,15 +50,20 @@ void Attention::plan(const Step& step) {
   outs_.resize(static_cast<size_t>(slots * kMaxQueryRows * wide_));
 }
 
+int Attention::row_tok(const Tile& tile, int r) const { return (tile.first_row + r) / group_; }
+
+int64_t Attention::row_offset(const Tile& tile, int r) const {
+  const int64_t tok = step_->spans[tile.span].first + row_tok(tile, r);
+  const int head = tile.kv_head * group_ + (tile.first_row + r) % group_;
+  return (tok * config_.n_heads + head) * config_.head_dim;
+}
+
 AttendArgs Attention::arguments(const Tile& tile, const float* q) const {
-  const Span& span = step_->spans[tile.span];
-  const int group = config_.n_heads / config_.n_kv_heads;
   AttendArgs a{};
   a.rows = tile.rows;
   for (int r = 0; r < tile.rows; r++) {
-    const int tok = (tile.first_row + r) / group, head = tile.kv_head * group + (tile.first_row + r) % group;
-    a.q[r] = q + (static_cast<int64_t>(span.first + tok) * config_.n_heads + head) * config_.head_dim;
-    a.limit[r] = span.pos + tok + 1;
+    a.q[r] = q + row_offset(tile, r);
+    a.limit[r] = step_->spans[tile.span].pos + row_tok(tile, r) + 1;
   }
   const int64_t first = first_page_[static_cast<size_t>(tile.span) * config_.n_kv_heads + tile.kv_head];
   a.k_pages = k_pages_.data() + first;
@@ -77,10 +85,7 @@ void Attention::attend(const Tile& tile, AttendArgs& a, int split, float* stats,
 void Attention::combine(const Tile& tile, const AttendArgs& a, const float* stats, const float* outs, float* o) {
   for (int r = 0; r < tile.rows; r++) {
     const int splits = (a.limit[r] + kSplitTok - 1) / kSplitTok;  // a row leaves out splits it sees nothing of
-    const Span& span = step_->spans[tile.span];
-    const int group = config_.n_heads / config_.n_kv_heads;
-    const int tok = (tile.first_row + r) / group, head = tile.kv_head * group + (tile.first_row + r) % group;
-    float* out = o + (static_cast<int64_t>(span.first + tok) * config_.n_heads + head) * config_.head_dim;
+    float* out = o + row_offset(tile, r);
     kernels_.combine(stats + r, 2 * kMaxQueryRows, stats + kMaxQueryRows + r, outs + static_cast<int64_t>(r) * wide_,
                      static_cast<int64_t>(kMaxQueryRows) * wide_, splits, config_.head_dim, out);
   }

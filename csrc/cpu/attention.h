@@ -32,6 +32,8 @@ class Attention {
     int splits;
     int64_t scratch;  // index of its first split in the scratch, when splits run apart
   };
+  int row_tok(const Tile& tile, int r) const;         // token of row r within the tile's span
+  int64_t row_offset(const Tile& tile, int r) const;  // of row r's head in q and o
   AttendArgs arguments(const Tile& tile, const float* q) const;
   void attend(const Tile& tile, AttendArgs& a, int split, float* stats, float* outs);
   void combine(const Tile& tile, const AttendArgs& a, const float* stats, const float* outs, float* o);
@@ -44,6 +46,7 @@ class Attention {
   std::vector<std::pair<int, int>> tasks_;  // (tile, split) when splits run apart, else (tile, -1)
   bool apart_ = false;
   int max_splits_ = 0;
+  const int group_;                  // query heads that share a key/value head
   int wide_;                         // head_dim rounded up to 16
   std::vector<float> stats_, outs_;  // [slot][2][kMaxQueryRows], [slot][kMaxQueryRows][wide]
   // Page addresses of the running layer per span and head: [span][kv_head][page] keys, then values.

@@ -42,7 +42,6 @@ class CpuBackend final : public Backend {
     h_.resize(tok * c_.hidden_dim);
     cos_.resize(tok * c_.head_dim / 2);
     sin_.resize(tok * c_.head_dim / 2);
-    out_x_.resize(tok * c_.dim);
   }
 
   ~CpuBackend() override {
@@ -141,11 +140,7 @@ class CpuBackend final : public Backend {
     const int n = step_->n_out;
     if (n == 0) return;
     logits_.resize(static_cast<size_t>(n) * c_.vocab_size);
-    for (int i = 0; i < n; i++) {
-      std::copy_n(x_.data() + static_cast<int64_t>(step_->out_rows[i]) * c_.dim, c_.dim,
-                  out_x_.data() + static_cast<int64_t>(i) * c_.dim);
-    }
-    head_.run(out_x_.data(), n, logits_.data());
+    head_.run(x_.data(), step_->out_rows, n, logits_.data());
   }
 
   const float* logits() override { return logits_.data(); }
@@ -216,7 +211,7 @@ class CpuBackend final : public Backend {
   unsigned float_environment_ = 0;
   std::vector<float> x_, q_, k_, v_, o_, gate_, up_, h_;  // [max_batch_tok][their width]
   std::vector<float> cos_, sin_;                          // [max_batch_tok][head_dim/2]
-  std::vector<float> out_x_, logits_;                     // [n_out][dim], [n_out][vocab_size]
+  std::vector<float> logits_;                             // [n_out][vocab_size]
   std::vector<uint16_t*> pages_;
   std::vector<int> free_pages_;
 };

@@ -92,10 +92,10 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
   }
 }
 
-void Head::run(const float* x, int n, float* logits) {
+void Head::run(const float* x, const int32_t* rows, int n, float* logits) {
   pool_.run(n, [&](int m, int thread) {
     const int64_t dim = config_.dim;
-    prepare_row(x + m * dim, m, left_.data() + thread * dim);
+    prepare_row(x + rows[m] * dim, m, left_.data() + thread * dim);
   });
   const int tiles = w_.tiles(), step = std::min(kTaskTiles, std::max(1, tiles / (pool_.threads() * 8)));
   const size_t scratch_size = static_cast<size_t>(kRows) * digits_ * kTaskTiles * kTileRows;

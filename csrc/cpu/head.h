@@ -17,8 +17,8 @@ class Head {
  public:
   Head(const Config& config, const ModelWeights& weights, int max_rows, const Kernels& kernels, ThreadPool& pool);
 
-  // x: [n][dim], not normed; logits: [n][vocab_size].
-  void run(const float* x, int n, float* logits);
+  // x: [n_tok][dim], not normed; rows: [n] of them; logits: [n][vocab_size].
+  void run(const float* x, const int32_t* rows, int n, float* logits);
 
  private:
   void prepare_row(const float* x, int m, float* left);

@@ -17,11 +17,11 @@ constexpr int kMaxQueryRows = 8;  // (token, head) rows that share one read of k
 
 // Activations of M tokens as int8 with one float scale per 32 columns: x[m][k] ≈ q[m][k] * scale[m][k/32].
 struct QuantX {
-  int8_t* q;         // [M][ldq], in -127…127, zeros from K to Kp
-  int64_t ldq;       // at least Kp; not a multiple of 2048, or rows fall into the same sets of the first-level cache
-  float* scale;      // [M][Kp/32]
-  int32_t* sum;      // [M][Kp/32] sums of q
-  float* group_sum;  // [M][groups]: sums of q*scale over the weight's groups; only for formats with an offset
+  const int8_t* q;     // [M][ldq], in -127…127, zeros from K to Kp
+  int64_t ldq;         // at least Kp; not a multiple of 2048, or rows fall into the same sets of the first-level cache
+  const float* scale;  // [M][Kp/32]
+  const int32_t* sum;  // [M][Kp/32] sums of q
+  const float* group_sum;  // [M][groups]: sums of q*scale over the weight's groups; only for formats with an offset
 };
 
 // The part of a Weight that kernels read, as plain data.
