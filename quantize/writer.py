@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
 )
 GENERATION_FILE = "generation_config.json"
 _CHUNK_BYTES = 1 << 26
+_HUGE_PAGE_BYTES = 1 << 21
 _SLACK_BYTES = 1 << 20  # folder entries, rounding to blocks
 
 
@@ -74,6 +75,7 @@ class FolderWriter:
         self._replaced = self._partial.with_suffix(".old")  # where an old output waits until the new one is in place
         self._checksums: dict[str, str] = {}
         self._fd = -1
+        self._pending = bytearray()  # the end of the file so far, less than a huge page
 
     def __enter__(self) -> FolderWriter:
         with _explained(self._out):
@@ -84,7 +86,7 @@ class FolderWriter:
                 for name, data in self._files.items():
                     self._write_file(name, data)
                 self._fd = _create(self._partial / WEIGHTS_FILE)
-                _write_all(self._fd, header)
+                self._append(memoryview(header))
             except BaseException:
                 self._discard()
                 raise
@@ -102,14 +104,31 @@ class FolderWriter:
             raise ValueError(f"{spec.name}, {payload.nbytes} bytes, expected {expected.name}, {expected.payload_bytes}")
         data = np.ascontiguousarray(payload).data.cast("B")
         with _explained(self._out):
-            _write_all(self._fd, data)
+            self._append(data)
         self._checksums[spec.name] = hashlib.sha256(data).hexdigest()
+
+    def _append(self, data: memoryview) -> None:
+        """Writes whole huge pages and keeps the rest for later.
+
+        A file written so lies in huge pages in the system's cache where the file system has them (ext4 and XFS of
+        recent Linux), and mapped weights read from there cost few misses of the address translation.
+        """
+        room = _HUGE_PAGE_BYTES - len(self._pending)
+        self._pending += data[:room]
+        if len(self._pending) < _HUGE_PAGE_BYTES:
+            return
+        rest = data[room:]
+        whole = len(rest) - len(rest) % _HUGE_PAGE_BYTES
+        _write_all(self._fd, self._pending)
+        _write_all(self._fd, rest[:whole])
+        self._pending = bytearray(rest[whole:])
 
     def finish(self) -> Path:
         """Writes the checksums, makes everything durable and puts the folder in its place."""
         if len(self._checksums) != len(self._specs):
             raise ValueError(f"{len(self._checksums)} of {len(self._specs)} tensors were written")
         with _explained(self._out):
+            _write_all(self._fd, self._pending)
             os.lseek(self._fd, 0, os.SEEK_SET)
             _write_all(self._fd, header_bytes(self._specs, self._checksums, self._file_sums))
             os.fsync(self._fd)

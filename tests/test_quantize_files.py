@@ -151,6 +151,28 @@ def test_short_writes_are_continued(source: Path, place: Path, monkeypatch: pyte
     assert listing(bits) == listing(whole)
 
 
+def test_weights_are_written_in_whole_huge_pages(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = convert(source, place / "whole")
+    writes: list[tuple[int, int]] = []  # where, how many bytes; the descriptor of the weights is the last one opened
+
+    def write(fd: int, data: Any) -> int:
+        writes.append((os.lseek(fd, 0, os.SEEK_CUR), len(data)))
+        return real(fd, data)
+
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr("quantize.writer._HUGE_PAGE_BYTES", 4096)
+        patch.setattr(os, "write", write)
+        pages = convert(source, place / "pages")
+    assert listing(pages) == listing(whole)
+    size = (pages / "model.safetensors").stat().st_size
+    first = next(i for i, (at, n) in enumerate(writes) if at == 0 and n == 4096)
+    of_weights = [w for w in writes[first:-1] if w[1]]  # the last write is the header with its checksums
+    assert [at for at, _ in of_weights] == [sum(n for _, n in of_weights[:i]) for i in range(len(of_weights))]
+    assert sum(n for _, n in of_weights) == size
+    assert all(n % 4096 == 0 for _, n in of_weights[:-1])
+
+
 # ---- what may be replaced --------------------------------------------------------------------------------------------
 
 
