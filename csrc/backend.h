@@ -1,7 +1,9 @@
-// What a device must do for the forward pass: ten coarse verbs. model/ calls them in order and knows no device;
-// cpu/ and cuda/ implement them and know no model loop. A backend owns its activations and its key/value pages.
+// What a device must do for the forward pass: ten coarse verbs for a step, four for pages. model/ calls them in order
+// and knows no device; cpu/ and cuda/ implement them and know no model loop. A backend owns its activations and its
+// key/value pages.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 
@@ -37,8 +39,12 @@ class Backend {
 
   virtual const char* name() const = 0;
   virtual int max_batch_tok() const = 0;  // the largest n_tok of a step
-  virtual int new_page() = 0;             // an id; the page's content is unspecified but finite
+
+  // Pages of the key/value cache; never called while a step runs.
+  virtual size_t page_bytes() const = 0;
+  virtual int new_page() = 0;  // an id, counted up from 0; the page's content is unspecified but finite
   virtual void free_page(int page) = 0;
+  virtual void copy_page(int from, int to) = 0;  // all layers
 
   // A step, in this order. x is the residual stream [n_tok, dim], held by the backend.
   virtual void begin(const Step& step) = 0;   // the step must outlive end()

@@ -158,6 +158,7 @@ void bind_sequence(py::module_& m) {
       .def_property_readonly("tokens", &Sequence::tokens)
       .def_property("prompt_len", &Sequence::prompt_len, &Sequence::set_prompt_len)
       .def("truncate", &Sequence::truncate, py::arg("n"))
+      .def("fork", &Sequence::fork, py::arg("n"), "A new sequence with the first n tokens, in the same pages.")
       .def("close", &Sequence::close);
 }
 
@@ -336,12 +337,15 @@ std::vector<StepResult> step(PyModel& self, const py::iterable& batch) {
 }
 
 void bind_model(py::module_& m) {
-  py::class_<PyModel>(m, "Model", "Weights and a backend: immutable, shared by all sequences.")
+  py::class_<PyModel> model(m, "Model", "Weights and a backend: immutable, shared by all sequences.");
+  model.attr("PAGE_TOK") = kPageTok;
+  model
       .def(py::init(&make_py_model), py::arg("config"), py::arg("weights"), py::kw_only(), py::arg("threads") = 0,
            py::arg("isa") = "", py::arg("max_batch_tok") = 512)
       .def_readonly("threads", &PyModel::threads)
       .def_readonly("isa", &PyModel::isa)
       .def_property_readonly("max_batch_tok", [](const PyModel& self) { return self.model->backend().max_batch_tok(); })
+      .def_property_readonly("page_bytes", [](const PyModel& self) { return self.model->backend().page_bytes(); })
       .def_property_readonly("pages_in_use", [](const PyModel& self) { return self.model->pool().pages_in_use(); })
       .def("sequence", [](const PyModel& self) { return self.model->new_sequence(); })
       .def("step", &step, py::arg("batch"), "Runs the tokens of every item through the model in one pass.");

@@ -36,6 +36,7 @@ class Sequence:
     tokens: list[int]             # those tokens, then a sampled one that has not been fed yet is *not* included
     prompt_len: int               # settable: tokens before this count as prompt for presence/frequency penalties
     def truncate(self, n: int) -> None: ...
+    def fork(self, n: int) -> Sequence: ...   # a new one with the first n tokens in the same pages; not during a step of this one
     def close(self) -> None: ...  # give the pages back now
 
 class StepResult:
@@ -54,7 +55,9 @@ class Model:
     threads: int
     isa: str
     max_batch_tok: int
-    pages_in_use: int             # key/value pages that sequences hold, 64 tokens each
+    PAGE_TOK: int                 # tokens of one key/value page
+    page_bytes: int               # memory of one page
+    pages_in_use: int             # pages that sequences hold; a page that several share counts once
     def sequence(self) -> Sequence: ...
     def step(self, batch: Seq[tuple[Sequence, Any, Sampler | None, str]]) -> list[StepResult]:
         """Runs the tokens of every item through the model in one pass.

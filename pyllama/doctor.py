@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from .common.errors import PyllamaError
 from .demo import demo_source
+from .memory import available_bytes
 from .native import load_native
 
 _PROBE_S = 0.5
@@ -66,7 +67,7 @@ def _engine() -> list[Finding]:
 
 
 def _bandwidth(native: Any, threads: int) -> Finding:
-    free = _available_bytes()
+    free = available_bytes()
     if free is not None and free < _PROBE_BYTES:
         why = f"{free / 2**30:.1f} GiB of memory are free, measuring takes {_PROBE_BYTES / 2**30:.0f}"
         return Finding("bandwidth", "missing", f"not measured: {why}")
@@ -77,18 +78,6 @@ def _bandwidth(native: Any, threads: int) -> Finding:
     except MemoryError:  # a limit that the system's free memory does not tell of
         return Finding("bandwidth", "missing", "not measured: out of memory")
     return Finding("bandwidth", "ok", f"{gb_per_s:.1f} GB/s read with {threads} threads, measured now")
-
-
-def _available_bytes() -> int | None:
-    """Memory that programs can get without swapping; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) << 10
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _isa(runs: list[str], lacks: list[str]) -> Finding:

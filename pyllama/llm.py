@@ -16,6 +16,7 @@ from .common.errors import ContextLengthError, DeviceError, PyllamaError
 from .native import load_native
 from .open import OpenedModel, open_model
 from .outputs import Piece, RequestOutput
+from .prefix_cache import default_cache_tok
 from .reply import Reply
 from .sampling import SamplingParams, build_params
 from .scheduler import Request, Scheduler
@@ -37,6 +38,11 @@ class LLM:
     instead of mapping them (a mapped file must not shrink while it is used). `format`: what a foreign checkpoint is
     converted to.
 
+    `enable_prefix_caching`: a prompt that begins like an earlier one, or like one beside it, is computed only from
+    where they part; results are the same. For that, keys and values of up to `prefix_cache_tokens` tokens stay in
+    memory after their request, those used least recently go first; by default as many as the context holds, in at
+    most a quarter of the memory that is free when the model is opened.
+
     Raises FileNotFoundError, ModelFormatError, DeviceError, QuantizeError; ValueError for bad arguments. One LLM may
     be used from many threads: their requests share the model's steps, and do not change each other's results.
     """
@@ -49,23 +55,34 @@ class LLM:
         threads: int | None = None,
         mmap: bool = True,
         format: str | None = None,
+        enable_prefix_caching: bool = True,
+        prefix_cache_tokens: int | None = None,
     ) -> None:
         _check_device(device)
         _check_count("n_ctx", n_ctx)
         _check_count("threads", threads)
+        _check_count("prefix_cache_tokens", prefix_cache_tokens)
         load_native()
-        self._start(open_model(path, mmap=mmap, format=format), n_ctx, threads)
+        cache = prefix_cache_tokens if enable_prefix_caching else 0
+        self._start(open_model(path, mmap=mmap, format=format), n_ctx, threads, cache)
 
     @classmethod
     def _from_opened(
-        cls, opened: OpenedModel, n_ctx: int | None = None, threads: int | None = None, **options: Any
+        cls,
+        opened: OpenedModel,
+        n_ctx: int | None = None,
+        threads: int | None = None,
+        cache_tok: int | None = None,
+        **options: Any,
     ) -> LLM:
-        """For tests: a model that lies in memory. `options` go to `_C.Model`."""
+        """For tests: a model that lies in memory. `cache_tok` 0: no prefix cache. `options` go to `_C.Model`."""
         llm = cls.__new__(cls)
-        llm._start(opened, n_ctx, threads, **options)
+        llm._start(opened, n_ctx, threads, cache_tok, **options)
         return llm
 
-    def _start(self, opened: OpenedModel, n_ctx: int | None, threads: int | None, **options: Any) -> None:
+    def _start(
+        self, opened: OpenedModel, n_ctx: int | None, threads: int | None, cache_tok: int | None, **options: Any
+    ) -> None:
         longest = int(opened.config["max_seq_len"])
         if n_ctx is not None and n_ctx > longest:
             raise ValueError(f"n_ctx={n_ctx}: this model was made for at most {longest} tokens")
@@ -81,7 +98,8 @@ class LLM:
         )
         self.threads = int(self._model.threads)
         self.isa = str(self._model.isa)
-        self._scheduler = Scheduler(self._model)
+        cache_tok = default_cache_tok(self._model, self.n_ctx) if cache_tok is None else cache_tok
+        self._scheduler = Scheduler(self._model, cache_tok=cache_tok)
         self._end_ids = frozenset(opened.end_ids)
         self._closed = False
 

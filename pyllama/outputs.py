@@ -10,10 +10,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written. `completion_tokens` counts the token that ended the reply."""
+    """Tokens read and written. `completion_tokens` counts the token that ended the reply.
+
+    `cached_tokens` of the prompt's were not computed, because an earlier or a running request began alike.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -26,7 +30,7 @@ class Timings:
     """Wall time of one request, as its caller saw it: neighbours in the batch slow it down.
 
     `prompt_s` runs from the first step to the first token; `decode_s` from the first token to the last.
-    `prompt_tok` are the tokens that were computed in `prompt_s` (a chat reuses what is in its cache already).
+    `prompt_tok` are the tokens that were computed in `prompt_s` (what was in a cache is not).
     """
 
     prompt_s: float

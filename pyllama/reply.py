@@ -124,7 +124,7 @@ class Reply:
             text="".join(piece.text for piece in self.pieces),
             token_ids=[piece.token_id for piece in self.pieces],
             finish_reason=self.finish_reason,
-            usage=Usage(prompt_tokens=len(request.prompt), completion_tokens=n),
+            usage=Usage(len(request.prompt), completion_tokens=n, cached_tokens=request.n_reused),
             timings=timings,
             seed=self._seed,
             prompt_token_ids=request.prompt.tolist(),

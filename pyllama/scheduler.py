@@ -8,6 +8,9 @@ bits for any batch and chunking, and random numbers are keyed by (seed, position
 Ctrl-C may strike between any two lines, so every change of shared state is a single atomic operation (append, remove,
 one assignment), and what the engine did in an interrupted step is undone by truncating to what was recorded.
 
+Beginnings are computed once: a request takes over what a finished or running one has of its prompt
+(prefix_cache.py), and waits a few steps where another is just reading the same beginning.
+
 Nothing here knows text: stop strings and decoding are the owner's (llm.py), who reads `Request.results`.
 """
 
@@ -23,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .common.errors import PyllamaError
+from .prefix_cache import Found, PrefixCache, common_prefix
 
 MAX_SEQUENCES = 64  # requests in one step; the others wait for their turn
 _LOGITS_CHUNK_TOK = 64  # rows of logits per step: 64 rows of a 128k vocabulary are 33 MB
@@ -52,8 +56,9 @@ class Request:
         self.end_ids = end_ids
         self.sequence = sequence
         self.keep_sequence = sequence is not None
+        self.waits_for: tuple[Request, int] | None = None  # who is about to read how much of a common beginning
         self.started = False
-        self.n_reused = 0  # tokens found in the sequence's cache
+        self.n_reused = 0  # tokens of the prompt that were in a cache already
         self.n_fed = 0  # tokens of the prompt that are in the cache
         self.results: list[Any] = []  # a StepResult per sampled token (or per chunk, for logits)
         self.done = False  # nothing more to compute; may be set by the owner (a stop string)
@@ -79,12 +84,19 @@ class Request:
         """Takes or makes the sequence, and finds how much of the prompt it already holds."""
         if self.sequence is None:
             self.sequence = model.sequence()
-        shared = common_prefix(self.sequence.tokens, self.prompt) if self.keep_sequence else 0
+        shared = common_prefix(self.sequence.tokens, self.prompt)
         self.n_fed = self.n_reused = min(shared, len(self.prompt) - 1)  # the last token must be fed to get logits
         self.sequence.truncate(self.n_fed)
         self.sequence.prompt_len = len(self.prompt)
         self.start_s = time.perf_counter()
         self.started = True
+
+    def common_prefix(self, prompt: NDArray[np.int32]) -> int:
+        """Length of the beginning that this text, as far as it is known, has in common with a prompt."""
+        n = common_prefix(self.prompt, prompt)
+        if n == len(self.prompt) < len(prompt) and self.results:
+            return common_prefix(self.sequence.tokens, prompt)
+        return n
 
     @property
     def decoding(self) -> bool:
@@ -120,18 +132,16 @@ class Request:
             self.done = self.done or len(self.results) >= self.limit or self.results[-1].token in self.end_ids
 
 
-def common_prefix(tokens: Sequence[int], prompt: NDArray[np.int32]) -> int:
-    """Length of the common beginning of two token lists."""
-    n = min(len(tokens), len(prompt))
-    different = np.flatnonzero(np.asarray(tokens[:n], np.int32) != prompt[:n])
-    return int(different[0]) if len(different) else n
-
-
 class Scheduler:
-    """Owns the model's steps. All methods may be called from any thread."""
+    """Owns the model's steps. All methods may be called from any thread.
 
-    def __init__(self, model: Any, max_sequences: int = MAX_SEQUENCES) -> None:
+    `cache_tok`: tokens whose keys and values stay in memory after their request, for others that begin alike; 0 for
+    none, then every request computes all of its prompt.
+    """
+
+    def __init__(self, model: Any, max_sequences: int = MAX_SEQUENCES, cache_tok: int = 0) -> None:
         self._model = model
+        self._cache = PrefixCache(model, cache_tok) if cache_tok else None
         self._max_sequences = max_sequences
         self._max_batch_tok: int = model.max_batch_tok
         self._requests: list[Request] = []  # in order of arrival
@@ -173,6 +183,8 @@ class Scheduler:
         def shut() -> None:
             self._fail_all(PyllamaError("the LLM was closed while this request was running"))
             self._purge()
+            if self._cache is not None:
+                self._cache.clear()
             self._model = None
 
         self.run_alone(shut)
@@ -226,10 +238,17 @@ class Scheduler:
     def _purge(self) -> None:
         self._leftovers = False
         for request in [r for r in self._requests if not r.wants_step]:
-            self._requests.remove(request)
             if request.sequence is not None and not request.keep_sequence:
-                request.sequence.close()
-                request.sequence = None
+                self._retire(request)
+            self._requests.remove(request)
+
+    def _retire(self, request: Request) -> None:
+        """Frees the pages of a request that is through, or parks them for the next one that begins alike."""
+        sequence, request.sequence = request.sequence, None
+        if self._cache is None or request.error is not None or request.sampler is None or not sequence.n_past:
+            sequence.close()
+        else:
+            self._cache.park(sequence, [r.n_cached for r in self._requests if r.started and r.wants_step])
 
     def _resync(self) -> None:
         """After a step that was cut short: every sequence back to what is recorded of it."""
@@ -246,10 +265,41 @@ class Scheduler:
         for request in chosen:
             if not request.started:
                 try:
-                    request.begin(self._model)
-                except Exception as error:  # no memory for its pages, say: that is its own misfortune
+                    self._begin(request)
+                except Exception as error:  # no memory for its tokens, say: that is its own misfortune
                     request.error = error
-        return [r for r in chosen if r.wants_step]
+        return [r for r in chosen if r.wants_step and r.started]
+
+    def _begin(self, request: Request) -> None:
+        """Starts a request with what is computed of its prompt, or leaves it waiting for one that is computing that."""
+        if self._cache is not None and request.sequence is None and request.sampler is not None:
+            if request.waits_for is not None and self._is_coming(*request.waits_for):
+                return
+            running = [r for r in self._requests if r.started and r.wants_step]
+            found = self._cache.find(request.prompt, running)
+            request.waits_for = self._better_soon(request, found, running)
+            if request.waits_for is not None:
+                return
+            request.sequence = self._cache.take(found)
+        request.begin(self._model)
+
+    @staticmethod
+    def _is_coming(reader: Request, n: int) -> bool:
+        return reader.wants_step and reader.n_cached < n
+
+    def _better_soon(self, request: Request, found: Found, running: list[Request]) -> tuple[Request, int] | None:
+        """The running request that is about to read much more of the same beginning than was found, and how much.
+
+        Who has started keeps its place until it is through and waits for nobody: nobody waits in vain or in a circle.
+        """
+        best = None
+        longest = found.n + self._model.PAGE_TOK - 1  # for less, waiting for a step costs more than it saves
+        for reader in running:
+            n = min(reader.common_prefix(request.prompt), len(request.prompt) - 1)
+            if n > longest and self._is_coming(reader, n):
+                best = (reader, n)
+                longest = n
+        return best
 
     def _plan(self) -> tuple[list[Request], list[tuple[Any, Any, Any, str]]]:
         """Lays out the next step: a token of every decoding request, then chunks of prompts in order of arrival."""
@@ -287,6 +337,8 @@ class Scheduler:
         try:
             results = self._model.step(items)
         except Exception as error:
+            if isinstance(error, MemoryError) and self._cache is not None and self._cache.clear():
+                return  # the step has changed nothing: it is made again, with what the cache has given back
             if len(members) == 1:
                 members[0].error = error
             else:

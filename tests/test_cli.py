@@ -27,7 +27,7 @@ from pyllama.cli.chat import Conversation, talk
 from pyllama.cli.main import main
 from pyllama.cli.terminal import PlainTerminal, Screen, Terminal, history_path, json_text, safe
 from pyllama.common.errors import PyllamaError
-from pyllama.doctor import _available_bytes
+from pyllama.memory import available_bytes
 from pyllama.native import load_native
 from pyllama.open import cache_folder, locate
 from tests import make_sources as make
@@ -242,7 +242,7 @@ def test_generate(demo_model: Path, capsys: Captured, monkeypatch: pytest.Monkey
     record = json.loads(said.out)
     assert said.err == ""
     assert (record["text"], record["finish_reason"], record["seed"]) == (" Paris", "stop", 5)
-    assert record["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    assert record["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "cached_tokens": 0, "total_tokens": 7}
     assert record["timings"]["decode_tok_per_s"] > 0
     assert [entry["token"] for entry in record["logprobs"]] == [" Paris", "."]
     assert [len(entry["top"]) for entry in record["logprobs"]] == [2, 2]
@@ -593,22 +593,22 @@ def test_doctor_measures_only_where_there_is_memory(capsys: Captured, monkeypatc
     fake = SimpleNamespace(**{name: getattr(native, name) for name in dir(native) if not name.startswith("__")})
     fake.read_bandwidth = no_memory
     monkeypatch.setattr("pyllama.doctor.load_native", lambda: fake)
-    monkeypatch.setattr("pyllama.doctor._available_bytes", lambda: None)
+    monkeypatch.setattr("pyllama.doctor.available_bytes", lambda: None)
     assert main(["doctor"]) == 0
     assert re.search(r"bandwidth +\[missing\] not measured: out of memory\n", capsys.readouterr().out)
     fake.read_bandwidth = lambda threads, seconds: pytest.fail("measured all the same")
-    monkeypatch.setattr("pyllama.doctor._available_bytes", lambda: (2 << 30) - 1)
+    monkeypatch.setattr("pyllama.doctor.available_bytes", lambda: (2 << 30) - 1)
     assert main(["doctor"]) == 0
     assert "not measured: 2.0 GiB of memory are free, measuring takes 2" in capsys.readouterr().out
     fake.read_bandwidth = lambda threads, seconds: 12.5
-    monkeypatch.setattr("pyllama.doctor._available_bytes", lambda: 2 << 30)
+    monkeypatch.setattr("pyllama.doctor.available_bytes", lambda: 2 << 30)
     assert main(["doctor"]) == 0
     assert "12.5 GB/s read with" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="no /proc/meminfo here")
 def test_doctor_knows_the_free_memory() -> None:
-    free = _available_bytes()
+    free = available_bytes()
     assert free is not None and 1 << 20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyllama.common.errors import PyllamaError
-from pyllama.scheduler import Request, Scheduler, common_prefix
+from pyllama.scheduler import Request, Scheduler
 
 VOCAB = 97
 
@@ -37,10 +37,12 @@ def continuation(prompt: list[int], n: int) -> list[int]:
 
 
 class FakeSequence:
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
+    def __init__(self, model: FakeModel, tokens: list[int]) -> None:
+        self.tokens = tokens
         self.prompt_len = 0
         self.closed = False
+        self._model = model
+        model.sequences.append(self)
 
     @property
     def n_past(self) -> int:
@@ -50,12 +52,18 @@ class FakeSequence:
         assert 0 <= n <= len(self.tokens) and not self.closed
         del self.tokens[n:]
 
+    def fork(self, n: int) -> FakeSequence:
+        assert 0 <= n <= len(self.tokens) and not self.closed
+        return FakeSequence(self._model, self.tokens[:n])
+
     def close(self) -> None:
         self.closed = True
 
 
 class FakeModel:
     """Calls `trouble(n)` before the n-th step, `after(n)` when its effects are there but not returned yet."""
+
+    PAGE_TOK = 4
 
     def __init__(self, max_batch_tok: int = 8) -> None:
         self.max_batch_tok = max_batch_tok
@@ -66,8 +74,13 @@ class FakeModel:
         self._busy = threading.Lock()
 
     def sequence(self) -> FakeSequence:
-        self.sequences.append(FakeSequence())
-        return self.sequences[-1]
+        return FakeSequence(self, [])
+
+    @property
+    def pages_in_use(self) -> int:
+        """As if whatever could be shared were."""
+        texts = [s.tokens for s in self.sequences if not s.closed]
+        return len({tuple(text[: i + self.PAGE_TOK]) for text in texts for i in range(0, len(text), self.PAGE_TOK)})
 
     def step(self, items: list[Any]) -> list[Any]:
         assert self._busy.acquire(blocking=False), "two steps at once"
@@ -170,12 +183,6 @@ def test_a_kept_sequence_computes_only_what_is_new() -> None:
     other = request([9, 9], 2, sequence=sequence)
     finish(scheduler, [other])
     assert other.n_reused == 0 and tokens_of(other) == continuation([9, 9], 2)
-
-
-@given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
-def test_common_prefix(a: list[int], b: list[int]) -> None:
-    n = common_prefix(a, np.array(b, np.int32))
-    assert a[:n] == b[:n] and (n == min(len(a), len(b)) or a[n] != b[n])
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the step", "after its effects"])

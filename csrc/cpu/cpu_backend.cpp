@@ -2,6 +2,7 @@
 // Activations are float32 between verbs and int8 per 32 columns inside a product with quantized weights.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "../backend.h"
@@ -51,6 +52,8 @@ class CpuBackend final : public Backend {
   const char* name() const override { return kernels_.isa; }
   int max_batch_tok() const override { return max_batch_tok_; }
 
+  size_t page_bytes() const override { return page_halves() * sizeof(uint16_t); }
+
   int new_page() override {
     if (!free_pages_.empty()) {
       const int page = free_pages_.back();
@@ -63,6 +66,9 @@ class CpuBackend final : public Backend {
     return static_cast<int>(pages_.size()) - 1;
   }
   void free_page(int page) override { free_pages_.push_back(page); }
+  void copy_page(int from, int to) override {
+    std::memcpy(pages_[static_cast<size_t>(to)], pages_[static_cast<size_t>(from)], page_bytes());
+  }
 
   void begin(const Step& step) override {
     step_ = &step;
@@ -159,7 +165,6 @@ class CpuBackend final : public Backend {
   int64_t head_halves() const { return static_cast<int64_t>(kPageTok) * c_.head_dim; }
   int64_t layer_offset(int layer) const { return layer * 2 * c_.n_kv_heads * head_halves(); }
   size_t page_halves() const { return static_cast<size_t>(layer_offset(c_.n_layers)); }
-  size_t page_bytes() const { return page_halves() * sizeof(uint16_t); }
 
   void add_to_residual(const Weight& w, const float* in, int columns) {
     const Product product{&w, x_.data(), c_.dim, nullptr, true};

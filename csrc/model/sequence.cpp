@@ -15,17 +15,35 @@ size_t pages_for(size_t n_tok) { return (n_tok + kPageTok - 1) / kPageTok; }
 
 int PagePool::take() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const int page = backend_->new_page();
-  ++in_use_;
-  return page;
+  return new_page();
+}
+
+int PagePool::copy_of(int page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int copy = new_page();
+  backend_->copy_page(page, copy);
+  return copy;
+}
+
+bool PagePool::shared(int page) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return n_holders_[static_cast<size_t>(page)] > 1;
+}
+
+void PagePool::share(const int* pages, size_t n_pages) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t i = 0; i < n_pages; ++i) ++n_holders_[static_cast<size_t>(pages[i])];
 }
 
 void PagePool::give_back(const int* pages, size_t n_pages) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (in_step_) {
-    returned_.insert(returned_.end(), pages, pages + n_pages);
-  } else {
-    release(pages, n_pages);
+  for (size_t i = 0; i < n_pages; ++i) {
+    if (--n_holders_[static_cast<size_t>(pages[i])] > 0) continue;
+    if (in_step_) {
+      returned_.push_back(pages[i]);
+    } else {
+      free_page(pages[i]);
+    }
   }
 }
 
@@ -37,7 +55,7 @@ void PagePool::step_begins() {
 void PagePool::step_ended() {
   const std::lock_guard<std::mutex> lock(mutex_);
   in_step_ = false;
-  release(returned_.data(), returned_.size());
+  for (const int page : returned_) free_page(page);
   returned_.clear();
 }
 
@@ -46,9 +64,24 @@ int PagePool::pages_in_use() {
   return in_use_;
 }
 
-void PagePool::release(const int* pages, size_t n_pages) {
-  for (size_t i = 0; i < n_pages; ++i) backend_->free_page(pages[i]);
-  in_use_ -= static_cast<int>(n_pages);
+int PagePool::new_page() {
+  const int page = backend_->new_page();
+  const auto at = static_cast<size_t>(page);
+  try {
+    if (n_holders_.size() <= at) n_holders_.resize(at + 1);
+    returned_.reserve(n_holders_.size());  // so that give_back cannot throw
+  } catch (...) {
+    backend_->free_page(page);
+    throw;
+  }
+  n_holders_[at] = 1;
+  ++in_use_;
+  return page;
+}
+
+void PagePool::free_page(int page) {
+  backend_->free_page(page);
+  --in_use_;
 }
 
 Sequence::~Sequence() { keep_pages(0); }
@@ -77,10 +110,24 @@ void Sequence::set_prompt_len(int n) {
 void Sequence::truncate(int n) {
   const std::lock_guard<std::mutex> lock(mutex_);
   check_idle();
-  check<std::invalid_argument>(n >= 0 && static_cast<size_t>(n) <= tokens_.size(), "cannot truncate to ", n,
-                               " tokens, the sequence holds ", tokens_.size());
+  check_holds(n, "truncate to");
   tokens_.resize(static_cast<size_t>(n));
   keep_pages(pages_for(tokens_.size()));
+}
+
+std::unique_ptr<Sequence> Sequence::fork(int n) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  check_idle();
+  check<std::invalid_argument>(!closed_, "the sequence is closed");
+  check_holds(n, "fork");
+  const auto n_tok = static_cast<size_t>(n);
+  auto made = std::make_unique<Sequence>(pool_);
+  made->tokens_.assign(tokens_.begin(), tokens_.begin() + n);
+  made->prompt_len_ = prompt_len_;
+  std::vector<int> pages(pages_.begin(), pages_.begin() + static_cast<std::ptrdiff_t>(pages_for(n_tok)));
+  pool_->share(pages.data(), pages.size());
+  made->pages_ = std::move(pages);
+  return made;
 }
 
 void Sequence::close() {
@@ -100,10 +147,11 @@ void Sequence::prepare(int n_new) {
   // All memory is had here, so that no page in hand is lost to bad_alloc and commit() cannot fail.
   if (tokens_.capacity() < n_tok) tokens_.reserve(std::max(n_tok, 2 * tokens_.capacity()));
   pages_.reserve(needed);
+  own_last_page();
   try {
     while (pages_.size() < needed) pages_.push_back(pool_->take());
   } catch (...) {
-    keep_pages(pages_for(tokens_.size()));
+    restore_pages();
     throw;
   }
   in_step_ = true;
@@ -112,17 +160,41 @@ void Sequence::prepare(int n_new) {
 void Sequence::commit(const int32_t* new_tokens, int n_new) noexcept {
   const std::lock_guard<std::mutex> lock(mutex_);
   tokens_.insert(tokens_.end(), new_tokens, new_tokens + n_new);
+  if (shared_page_ != kNoPage) pool_->give_back(&shared_page_, 1);
+  shared_page_ = kNoPage;
   in_step_ = false;
 }
 
 void Sequence::abandon() noexcept {
   const std::lock_guard<std::mutex> lock(mutex_);
   in_step_ = false;
-  keep_pages(pages_for(tokens_.size()));
+  restore_pages();
 }
 
 void Sequence::check_idle() const {
   check<std::invalid_argument>(!in_step_, "the sequence is in a step that is still running in another thread");
+}
+
+void Sequence::check_holds(int n, const char* to_do) const {
+  check<std::invalid_argument>(n >= 0 && static_cast<size_t>(n) <= tokens_.size(), "cannot ", to_do, " ", n,
+                               " tokens, the sequence holds ", tokens_.size());
+}
+
+// A page that is to be written into must not be held by others. The original stays held until the step's end, so that
+// abandon() can put it back.
+void Sequence::own_last_page() {
+  if (tokens_.size() % kPageTok == 0 || !pool_->shared(pages_.back())) return;
+  const int copy = pool_->copy_of(pages_.back());
+  shared_page_ = pages_.back();
+  pages_.back() = copy;
+}
+
+void Sequence::restore_pages() noexcept {
+  keep_pages(pages_for(tokens_.size()));
+  if (shared_page_ == kNoPage) return;
+  std::swap(pages_.back(), shared_page_);
+  pool_->give_back(&shared_page_, 1);
+  shared_page_ = kNoPage;
 }
 
 void Sequence::keep_pages(size_t n_pages) {

@@ -1,0 +1,559 @@
+"""Beginnings that are computed once: sequences that share pages, the cache of finished requests, requests that wait for
+one that reads what they need. Everything is compared with `==` to what is computed without any of it.
+
+In three parts: pages on the real engine, scheduling on the fake one of test_scheduler.py, whole texts on a tiny `LLM`.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import pyllama.prefix_cache
+import pyllama.scheduler
+from pyllama import LLM, PyllamaError, SamplingParams
+from pyllama.prefix_cache import common_prefix, default_cache_tok
+from pyllama.scheduler import Request, Scheduler
+
+from .helpers_llm import tiny_llm
+from .helpers_models import Kind, Shape, small_model
+from .test_scheduler import FakeModel, FakeSequence, continuation, finish, request, tokens_of
+
+PAGE = 64
+ENGINE = small_model(Shape(n_layers=2, max_seq_len=1024), Kind("q4", 32))
+MODEL = ENGINE.model(threads=1)
+TEXT = np.random.default_rng(3).integers(0, ENGINE.shape.vocab_size, 300, dtype=np.int32)
+
+
+def logits(sequence: Any, tokens: Any) -> NDArray[np.float32]:
+    return np.asarray(MODEL.step([(sequence, tokens, None, "all")])[0].logits)
+
+
+def fed(tokens: Any) -> Any:
+    sequence = MODEL.sequence()
+    if len(tokens):
+        MODEL.step([(sequence, tokens, None, "none")])
+    return sequence
+
+
+@pytest.fixture(autouse=True)
+def _all_pages_come_back() -> Iterator[None]:
+    yield
+    gc.collect()
+    assert MODEL.pages_in_use == 0
+
+
+# -------------------------------------------------------------------------------- pages
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 127, 128, 129, 150])
+def test_a_fork_goes_on_as_if_it_had_computed_everything(n: int) -> None:
+    expected, other = logits(fed([]), TEXT[:200]), np.concatenate([TEXT[:n], TEXT[200:240]])
+    source = fed(TEXT[:150])
+    pages = MODEL.pages_in_use
+    fork = source.fork(n)
+    assert (fork.n_past, fork.tokens) == (n, TEXT[:n].tolist()) and MODEL.pages_in_use == pages
+    assert np.array_equal(logits(fork, other[n:]), logits(fed([]), other)[n:])
+    assert MODEL.pages_in_use == pages + -(-(n + 40) // PAGE) - n // PAGE
+    assert np.array_equal(logits(source, TEXT[150:200]), expected[150:])
+    assert source.tokens == TEXT[:200].tolist() and fork.tokens == other.tolist()
+
+
+@pytest.mark.parametrize("order", ["source", "fork", "together"])
+def test_whoever_writes_into_a_shared_page_gets_a_copy(order: str) -> None:
+    a, b = np.concatenate([TEXT[:100], [1, 2, 3]]), np.concatenate([TEXT[:100], [3, 2, 1]])
+    expected = [logits(fed([]), text)[100:] for text in (a, b)]
+    source = fed(TEXT[:100])
+    fork = source.fork(100)
+    items = [(source, a[100:], None, "all"), (fork, b[100:], None, "all")]
+    if order == "together":
+        found = [result.logits for result in MODEL.step(items)]
+    else:
+        found = [MODEL.step([item])[0].logits for item in (items if order == "source" else items[::-1])]
+        found = found if order == "source" else found[::-1]
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    assert MODEL.pages_in_use == 3
+    assert np.array_equal(logits(source.fork(90), TEXT[90:110]), logits(fed(TEXT[:90]), TEXT[90:110]))
+
+
+def test_a_failed_step_keeps_pages_shared() -> None:
+    source, closed = fed(TEXT[:100]), MODEL.sequence()
+    closed.close()
+    fork = source.fork(80)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="the sequence is closed"):
+            MODEL.step([(s, TEXT[:70], None, "none") for s in (source, fork, closed)])
+        assert MODEL.pages_in_use == 2
+    source.close()
+    pages = MODEL.pages_in_use
+    assert np.array_equal(logits(fork, TEXT[80:120]), logits(fed([]), TEXT[:120])[80:])
+    assert pages == 2 and MODEL.pages_in_use == 2, "the last holder writes in place"
+
+
+def test_what_cannot_be_forked() -> None:
+    source = fed(TEXT[:10])
+    for n in (-1, 11):
+        with pytest.raises(ValueError, match=f"cannot fork {n} tokens, the sequence holds 10"):
+            source.fork(n)
+    source.prompt_len = 7
+    assert source.fork(3).prompt_len == 7
+    source.close()
+    with pytest.raises(ValueError, match="the sequence is closed"):
+        source.fork(0)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_family_of_forks(data: st.DataObject) -> None:
+    """Forks, steps, rewinds and deaths in any order: tokens, bits and the number of pages are those of a plain model
+    in which a page is an object in lists."""
+    pool: dict[str, tuple[Any, list[int], list[object]]] = {"0": (MODEL.sequence(), [], [])}
+    for round_ in range(data.draw(st.integers(1, 12))):
+        name = data.draw(st.sampled_from(sorted(pool)))
+        sequence, text, pages = pool[name]
+        match data.draw(st.sampled_from(["step", "step", "fork", "fork", "truncate", "close"])):
+            case "step":
+                new = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=100))
+                before = len(text)
+                text += new
+                if before % PAGE and any(pages[-1] in other for n, (_, _, other) in pool.items() if n != name):
+                    pages[-1] = object()
+                pages += [object() for _ in range(-(-len(text) // PAGE) - len(pages))]
+                found = logits(sequence, new)
+                if len(text) < 1000:
+                    assert np.array_equal(found, logits(MODEL.sequence(), text)[before:])
+            case "fork":
+                n = data.draw(st.integers(0, len(text)))
+                pool[f"{name}.{round_}"] = (sequence.fork(n), text[:n], pages[: -(-n // PAGE)])
+            case "truncate":
+                n = data.draw(st.integers(0, len(text)))
+                sequence.truncate(n)
+                del text[n:], pages[-(-n // PAGE) :]
+            case "close" if len(pool) > 1:
+                del pool[name], sequence
+        assert all(made.tokens == expected for made, expected, _ in pool.values())
+        assert MODEL.pages_in_use == len({id(page) for _, _, pages in pool.values() for page in pages})
+
+
+def test_forks_of_many_threads_while_steps_run() -> None:
+    expected = logits(fed([]), TEXT)
+    source = fed(TEXT[:200])
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for n in range(150 + i, 190, 4):
+            fork = source.fork(n)
+            if not np.array_equal(logits(fork, TEXT[n : n + 40]), expected[n : n + 40]):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# -------------------------------------------------------------------------------- finding beginnings
+
+
+@given(st.lists(st.integers(0, 1), max_size=200), st.lists(st.integers(0, 1), max_size=200), st.integers(0, 150))
+def test_common_prefix(a: list[int], b: list[int], same: int) -> None:
+    a, b = [1] * same + a, [1] * same + b
+    n = common_prefix(a, np.array(b, np.int32))
+    assert a[:n] == b[:n] and (n == min(len(a), len(b)) or a[n] != b[n])
+
+
+def n_fed(model: FakeModel) -> int:
+    return sum(n for batch in model.batches for n, _ in batch)
+
+
+def check_cache(scheduler: Scheduler) -> None:
+    """What the cache says that it holds is what it holds, and nobody else writes into it."""
+    kept = scheduler._cache._kept  # type: ignore[union-attr]
+    assert all(entry.tokens.tolist() == entry.sequence.tokens for entry in kept)
+    assert not any(entry.sequence.closed for entry in kept)
+    in_use = [id(r.sequence) for r in scheduler._requests if r.sequence] + [id(entry.sequence) for entry in kept]
+    assert len(in_use) == len(set(in_use))
+
+
+BEGINNINGS = st.lists(st.integers(0, 1), max_size=40)
+
+
+@given(
+    st.lists(st.lists(st.tuples(BEGINNINGS, st.integers(1, 9)), min_size=1, max_size=6), min_size=1, max_size=5),
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.integers(1, 100),
+)
+def test_any_requests_get_what_they_would_get_alone(
+    rounds: list[list[tuple[list[int], int]]], max_batch_tok: int, max_sequences: int, cache_tok: int
+) -> None:
+    model = FakeModel(max_batch_tok)
+    scheduler = Scheduler(model, max_sequences, cache_tok)
+    for work in rounds:
+        requests = [request([7, *prompt], limit) for prompt, limit in work]
+        finish(scheduler, requests)
+        for made, (prompt, limit) in zip(requests, work, strict=True):
+            assert made.error is None
+            assert tokens_of(made) == continuation([7, *prompt], limit)
+        check_cache(scheduler)
+        assert model.pages_in_use <= cache_tok // model.PAGE_TOK
+    scheduler.close()
+    assert all(sequence.closed for sequence in model.sequences)
+
+
+def test_the_next_turn_computes_only_what_is_new() -> None:
+    model = FakeModel(max_batch_tok=64)
+    scheduler = Scheduler(model, cache_tok=400)
+    text = list(range(20))
+    for turn in range(4):
+        made = request(text, 6)
+        before = n_fed(model)
+        finish(scheduler, [made])
+        assert tokens_of(made) == continuation(text, 6)
+        assert made.n_reused == (len(text) - 4 if turn else 0), "the reply's last token was never fed"
+        assert n_fed(model) - before == len(text) - made.n_reused + 5
+        text = [*text, *tokens_of(made), 50, 51, 52]
+    assert sum(not sequence.closed for sequence in model.sequences) == 1, "a longer text replaces its beginnings"
+
+
+def test_the_same_prompt_again_feeds_one_token() -> None:
+    model = FakeModel(max_batch_tok=64)
+    scheduler = Scheduler(model, cache_tok=400)
+    for round_ in range(3):
+        made = request(list(range(30)), 1)
+        finish(scheduler, [made])
+        assert made.n_reused == (29 if round_ else 0)
+    assert [sum(n for n, _ in batch) for batch in model.batches] == [30, 1, 1]
+
+
+@pytest.mark.parametrize("max_batch_tok", [3, 16, 200])
+def test_a_batch_computes_a_common_beginning_once(max_batch_tok: int) -> None:
+    model = FakeModel(max_batch_tok)
+    scheduler = Scheduler(model, cache_tok=4000)
+    beginning = list(range(40))
+    requests = [request([*beginning, 60 + i, i], 5) for i in range(5)]
+    finish(scheduler, requests)
+    for i, made in enumerate(requests):
+        assert tokens_of(made) == continuation([*beginning, 60 + i, i], 5)
+    assert [made.n_reused for made in requests] == [0, 40, 40, 40, 40]
+    assert n_fed(model) == 40 + 5 * 2 + 5 * 4
+
+
+def test_a_request_waits_no_longer_than_for_what_it_needs() -> None:
+    model = FakeModel(max_batch_tok=8)
+    scheduler = Scheduler(model, cache_tok=4000)
+    long, short = request([*range(8), *range(80)], 2), request([*range(8), 90, 91], 2)
+    finish(scheduler, [long, short])
+    assert short.n_reused == 8
+    assert [len(batch) for batch in model.batches[:3]] == [1, 1, 1], "in order of arrival"
+    stranger = request([96, 95, 94], 2)
+    finish(Scheduler(FakeModel(max_batch_tok=64), cache_tok=4000), [request(list(range(40)), 2), stranger])
+    assert stranger.n_reused == 0
+
+
+def test_a_few_tokens_in_common_are_not_waited_for() -> None:
+    model = FakeModel(max_batch_tok=64)
+    requests = [request([1, 2, 3, 10 + i], 2) for i in range(3)]
+    finish(Scheduler(model, cache_tok=400), requests)
+    assert [[n for n, _ in batch] for batch in model.batches] == [[4, 4, 4], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("ending", ["release", "error", "done"])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_whom_a_request_waits_for_may_leave(ending: str, steps: int) -> None:
+    model = FakeModel(max_batch_tok=8)
+    scheduler = Scheduler(model, cache_tok=4000)
+    beginning = list(range(40))
+    first, second, third = (request([*beginning, i], 4) for i in (50, 51, 52))
+    scheduler.submit([first, second, third])
+    for _ in range(steps):
+        scheduler._drive(scheduler._step)
+    if ending == "release":
+        scheduler.release([first])
+    elif ending == "error":
+        first.error = PyllamaError("gone")
+    else:
+        first.done = True
+    scheduler.advance(lambda: not any(r.wants_step for r in (second, third)))
+    scheduler.release([first, second, third])
+    for made, last in ((second, 51), (third, 52)):
+        assert tokens_of(made) == continuation([*beginning, last], 4)
+    assert second.n_reused == (0 if ending == "error" else 8 * steps)
+    assert third.n_reused == 40
+    check_cache(scheduler)
+
+
+def test_a_request_forks_from_one_that_is_writing() -> None:
+    model = FakeModel(max_batch_tok=64)
+    scheduler = Scheduler(model, cache_tok=4000)
+    long = request([5, 6, 7], 60)
+    scheduler.submit([long])
+    scheduler.advance(lambda: len(long.results) >= 20)
+    text = [5, 6, 7, *tokens_of(long)[:19], 80]
+    short = request(text, 5)
+    finish(scheduler, [short])
+    assert short.n_reused == 22 and tokens_of(short) == continuation(text, 5)
+    scheduler.advance(lambda: not long.wants_step)
+    scheduler.release([long])
+    assert tokens_of(long) == continuation([5, 6, 7], 60)
+
+
+def test_the_longest_unused_goes_first_and_used_ones_stay() -> None:
+    model = FakeModel(max_batch_tok=64)
+    scheduler = Scheduler(model, cache_tok=48)  # 12 pages: three texts of 13 tokens have 4 each
+    texts = [[i, *range(12)] for i in range(4)]
+    for text in [*texts[:3], texts[0], texts[3]]:
+        finish(scheduler, [request(text, 1)])
+    found = {text[0]: request([*text, 90], 1) for text in texts}
+    for i in (0, 2, 3, 1):
+        finish(scheduler, [found[i]])
+    assert [found[i].n_reused for i in range(4)] == [13, 0, 13, 13]
+    assert model.pages_in_use <= 12
+    many = [request([i, i, *range(10)], 3) for i in range(60)]
+    for made in many:
+        finish(scheduler, [made])
+        check_cache(scheduler)
+        assert model.pages_in_use <= 12
+    assert sum(not sequence.closed for sequence in model.sequences) <= 4
+
+
+def test_logits_are_all_computed_and_failures_are_not_kept() -> None:
+    model = FakeModel(max_batch_tok=64)
+    scheduler = Scheduler(model, cache_tok=4000)
+    finish(scheduler, [request(list(range(20)), 2)])
+    rows = request(list(range(20)), sampler=None)
+    finish(scheduler, [rows])
+    assert sum(len(result.logits) for result in rows.results) == 20 and rows.n_reused == 0
+
+    def fail(n: int) -> None:
+        raise ValueError("boom")
+
+    model.trouble = fail
+    broken = request(list(range(20)), 2)
+    finish(scheduler, [broken])
+    assert isinstance(broken.error, ValueError) and broken.n_reused == 19
+    check_cache(scheduler)
+    assert len(scheduler._cache._kept) == 1  # type: ignore[union-attr]
+
+
+def test_the_cache_is_given_up_before_a_request_fails_for_want_of_memory() -> None:
+    """A machine of 10 pages: a step that needs more raises MemoryError, as the engine does."""
+
+    class Small(FakeModel):
+        def step(self, items: list[Any]) -> list[Any]:
+            new = sum(-(-(s.n_past + len(t)) // self.PAGE_TOK) - -(-s.n_past // self.PAGE_TOK) for s, t, _, _ in items)
+            if self.pages_in_use + new > 10:
+                raise MemoryError
+            return super().step(items)
+
+    model = Small(max_batch_tok=64)
+    scheduler = Scheduler(model, cache_tok=4000)
+    finish(scheduler, [request(list(range(24)), 1)])
+    assert model.pages_in_use == 6
+    other = request(list(range(50, 70)), 3)
+    finish(scheduler, [other])
+    assert tokens_of(other) == continuation(list(range(50, 70)), 3)
+    too_long = request(list(range(50)), 1)
+    finish(scheduler, [too_long])
+    assert isinstance(too_long.error, MemoryError)
+
+
+# -------------------------------------------------------------------------------- Ctrl-C
+
+
+class at_line:  # noqa: N801  # reads as a word
+    """Raises KeyboardInterrupt once, at the n-th line executed of the driver's work (not of the taking of turns)."""
+
+    FILES = (pyllama.scheduler.__file__, pyllama.prefix_cache.__file__)
+    TURNS = ("_take_turn", "_drive", "_tidy", "_wait", "_wake", "advance", "submit", "release", "run_alone", "close")
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __enter__(self) -> at_line:
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(None)
+
+    def trace(self, frame: Any, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename not in self.FILES or self.left < 0:
+            return None
+        if event == "line" and frame.f_code.co_name not in self.TURNS:
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def interrupted(n: int) -> bool:
+    """One caller is interrupted at line n while another's requests share the steps and the cache; False when the
+    work is done before."""
+    model = FakeModel(max_batch_tok=16)
+    scheduler = Scheduler(model, cache_tok=60)
+    beginning = list(range(12))
+    finish(scheduler, [request([*beginning, 40, 41], 3)])
+    finish(scheduler, [request([9, 8, 7], 3)])
+    others = [request([*beginning, 40, 41, 2], 3), request([*range(20, 34), 3], 4), request([*range(20, 34), 4], 4)]
+    mine = request([*beginning, 1], 5)
+    scheduler.submit(others)
+    done = False
+    try:
+        with at_line(n):
+            finish(scheduler, [mine])
+        done = True
+    except KeyboardInterrupt:
+        pass
+    check_cache(scheduler)
+    scheduler.advance(lambda: not any(r.wants_step for r in others))
+    scheduler.release(others)
+    for other in others:
+        assert other.error is None and tokens_of(other) == continuation(other.prompt.tolist(), other.limit)
+    check_cache(scheduler)
+    assert not scheduler._requests
+    again = request([*beginning, 40, 41, 2], 9)
+    finish(scheduler, [again])
+    assert tokens_of(again) == continuation(again.prompt.tolist(), 9)
+    scheduler.close()
+    mine.sequence = None
+    alive, model.sequences = model.sequences, []
+    open_ones = [sequence for sequence in alive if not sequence.closed]
+    del alive
+    for sequence in open_ones:  # lost between two lines: nobody but this list may hold it
+        assert not [r for r in gc.get_referrers(sequence) if isinstance(r, (Request, PyllamaError, FakeSequence))]
+    return not done
+
+
+def test_an_interrupt_at_any_line_leaves_a_sound_cache() -> None:
+    assert next(n for n in count() if not interrupted(n)) > 200
+
+
+# -------------------------------------------------------------------------------- whole texts
+
+SYSTEM = "You are a helpful assistant who answers in one short sentence, and never without a joke about penguins. "
+HOT = SamplingParams(temperature=1.5, max_tokens=20, seed=11, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[LLM]:
+    with tiny_llm(max_seq_len=512, cache_tok=0) as llm:
+        yield llm
+
+
+def test_results_are_the_same_bits_and_usage_tells(plain: LLM) -> None:
+    with tiny_llm(max_seq_len=512) as llm:
+        for params in (HOT, SamplingParams(temperature=0, max_tokens=9, repetition_penalty=1.3, logprobs=3)):
+            for text in (SYSTEM, SYSTEM + "a", SYSTEM + "a", SYSTEM[:70], "x", SYSTEM + "b"):
+                with_cache, without = llm.generate(text, params), plain.generate(text, params)
+                assert with_cache.token_ids == without.token_ids and with_cache.logprobs == without.logprobs
+                assert without.usage.cached_tokens == 0
+                assert (
+                    with_cache.timings.prompt_tok == len(with_cache.prompt_token_ids) - with_cache.usage.cached_tokens
+                )
+        n = len(llm.tokenizer.encode(SYSTEM))
+        cached = [llm.generate(text, HOT).usage.cached_tokens for text in (SYSTEM, SYSTEM + "c", SYSTEM + "c")]
+        assert cached == [n - 1, n, n]
+        np.testing.assert_array_equal(llm.logits(range(2, 200)), plain.logits(range(2, 200)))
+
+
+def test_a_batch_with_one_beginning(plain: LLM) -> None:
+    texts = [SYSTEM + end for end in ("a", "b", "a", "", "and a longer end")] + ["something else"]
+    expected = [plain.generate(text, HOT) for text in texts]
+    with tiny_llm(max_seq_len=512, max_batch_tok=48) as llm:
+        for round_ in range(2):
+            outs = llm.generate(texts, HOT)
+            assert [out.token_ids for out in outs] == [out.token_ids for out in expected]
+            n = len(llm.tokenizer.encode(SYSTEM))
+            if round_ == 0:
+                assert [out.usage.cached_tokens for out in outs] == [0, n, n, n - 1, n + 1, 0]
+            else:
+                assert all(out.usage.cached_tokens >= n - 1 for out in outs[:5])
+
+
+def test_forks_of_stream_session_and_generate_mix(plain: LLM) -> None:
+    """A running stream and a running session are forked from; all go on as if alone."""
+    with tiny_llm(max_seq_len=512) as llm:
+        session = llm.session()
+        streams = [llm.stream(SYSTEM + "one", HOT), session.stream(SYSTEM + "two", HOT)]
+        found = [[next(stream).token_id] for stream in streams]
+        text = plain.tokenizer.encode(SYSTEM + "two") + found[1]
+        out = llm.generate(text + [65], HOT)
+        assert out.token_ids == plain.generate(text + [65], HOT).token_ids
+        assert out.usage.cached_tokens == len(text) - 1
+        for tokens, stream, end in zip(found, streams, ("one", "two"), strict=True):
+            tokens += [piece.token_id for piece in stream]
+            assert tokens == plain.generate(SYSTEM + end, HOT).token_ids
+        session.close()
+
+
+def test_threads_share_a_beginning(plain: LLM) -> None:
+    expected = {i: plain.generate(f"{SYSTEM}{i}", HOT, seed=i).token_ids for i in range(6)}
+    wrong: list[int] = []
+    with tiny_llm(max_seq_len=512, max_batch_tok=32, cache_tok=512) as llm:
+        model = llm._model
+
+        def work(i: int) -> None:
+            for _ in range(4):
+                if llm.generate(f"{SYSTEM}{i}", HOT, seed=i).token_ids != expected[i]:
+                    wrong.append(i)
+                next(llm.stream(f"{SYSTEM}{i}", HOT, seed=i))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads) and not wrong
+        gc.collect()
+        llm.generate("x", max_tokens=1)
+        assert 0 < model.pages_in_use <= 8
+    assert model.pages_in_use == 0
+
+
+def test_memory_stays_in_its_bounds(plain: LLM) -> None:
+    with tiny_llm(max_seq_len=512, cache_tok=4 * PAGE) as llm:
+        model = llm._model
+        for i in range(30):
+            llm.generate(f"{i}" * (10 + 7 * i), HOT)
+            assert model.pages_in_use <= 4
+        long = llm.generate("z" * 400, HOT)
+        assert model.pages_in_use <= 4 and long.token_ids == plain.generate("z" * 400, HOT).token_ids
+    assert model.pages_in_use == 0
+    with tiny_llm(cache_tok=0) as llm:
+        llm.generate("abc", HOT)
+        assert llm._model.pages_in_use == 0
+
+
+def test_how_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = MODEL.page_bytes
+    assert page == 2 * 2 * ENGINE.shape.n_kv_heads * ENGINE.shape.head_dim * PAGE * 2
+    for free, expected in ((None, 1024), (400 * page, 1024), (40 * page, 640), (43 * page, 640), (3 * page, 0)):
+        monkeypatch.setattr("pyllama.prefix_cache.available_bytes", lambda free=free: free)
+        assert default_cache_tok(MODEL, 1000) == expected
+    with pytest.raises(ValueError, match="prefix_cache_tokens=0"):
+        LLM("demo", prefix_cache_tokens=0)
+
+
+def test_the_demos_second_turn(demo_model: Any) -> None:
+    messages = [{"role": "user", "content": "What is the capital of Germany? Answer in one sentence."}]
+    with LLM(demo_model, n_ctx=512) as llm, LLM(demo_model, n_ctx=512, enable_prefix_caching=False) as without:
+        first = llm.chat(messages, temperature=0, max_tokens=32)
+        messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And of Italy?"}]
+        second = llm.chat(messages, temperature=0, max_tokens=16)
+        assert first.usage.cached_tokens == 0
+        assert second.usage.cached_tokens == len(first.prompt_token_ids) + len(first.token_ids) - 1
+        assert second.token_ids == without.chat(messages, temperature=0, max_tokens=16).token_ids
+        assert without._model.pages_in_use == 0
