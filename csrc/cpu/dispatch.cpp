@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace pyllama {
@@ -21,12 +23,14 @@ extern const Kernels kKernels_avx2;
 extern const Kernels kKernels_avxvnni;
 extern const Kernels kKernels_avx512vnni256;
 extern const Kernels kKernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const Kernels kKernels_neon;
 #endif
 
 namespace {
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, neon_dot = false;
 };
 
 #if defined(__x86_64__)
@@ -52,6 +56,17 @@ Features detect() {
   if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && (a & (1u << 4));
   return f;
 }
+#elif defined(__aarch64__)
+Features detect() {
+  Features f;
+#if defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  f.neon_dot = getauxval(AT_HWCAP) & kDotProducts;
+#elif defined(__APPLE__)
+  f.neon_dot = true;  // since the first Mac with such a processor, the M1
+#endif
+  return f;
+}
 #else
 Features detect() { return {}; }
 #endif
@@ -72,6 +87,8 @@ const std::vector<Row>& rows() {
         {&kKernels_avxvnni, f.avxvnni},
         {&kKernels_avx512vnni256, f.avx512vnni},
         {&kKernels_avx2, f.avx2},
+#elif defined(__aarch64__)
+        {&kKernels_neon, f.neon_dot},
 #endif
         {&kKernels_scalar, true},
     };

@@ -36,6 +36,10 @@ int cgroup_quota() {
   return 0;
 }
 
+#if defined(__aarch64__)
+void write_fpcr(uint64_t value) { __asm__ volatile("msr fpcr, %0" : : "r"(value) : "memory"); }
+#endif
+
 }  // namespace
 
 int physical_cores_allowed() {
@@ -101,6 +105,11 @@ unsigned set_float_environment() {
   const unsigned previous = _mm_getcsr();
   _mm_setcsr(0x1f80);  // all exceptions masked, round to nearest, no flush to zero
   return previous;
+#elif defined(__aarch64__)
+  uint64_t previous;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(previous));
+  write_fpcr(0);  // no traps, round to nearest, no flush to zero, IEEE half precision
+  return static_cast<unsigned>(previous);
 #else
   return 0;
 #endif
@@ -109,6 +118,8 @@ unsigned set_float_environment() {
 void restore_float_environment(unsigned previous) {
 #if defined(__x86_64__)
   _mm_setcsr(previous);
+#elif defined(__aarch64__)
+  write_fpcr(previous);
 #else
   (void)previous;
 #endif
