@@ -109,8 +109,13 @@ SamplerParams make_sampler(double temperature, int top_k, double top_p, double m
 }
 
 struct StepResult {
-  Sampled sampled;
+  std::vector<Sampled> samples;
   py::object logits;  // None or float32 array
+
+  const Sampled& first() const {
+    static const Sampled kNothing;
+    return samples.empty() ? kNothing : samples[0];
+  }
 };
 
 StepResult sample_once(const SamplerParams& params, const py::array_t<float, py::array::c_style>& logits,
@@ -119,15 +124,15 @@ StepResult sample_once(const SamplerParams& params, const py::array_t<float, py:
   SamplerInput in;
   in.logits = logits.data();
   in.vocab_size = static_cast<int>(logits.size());
-  in.tokens = tokens.data();
-  in.n_tok = static_cast<int>(tokens.size());
+  in.past = tokens.data();
+  in.n_past = static_cast<int>(tokens.size());
   in.prompt_len = prompt_len;
   for (const int32_t token : tokens) {
     check<std::invalid_argument>(token >= 0 && token < in.vocab_size, "token ", token, ", expected 0…",
                                  in.vocab_size - 1);
   }
   Sampler sampler;
-  return {sampler.sample(params, in), py::none()};
+  return {{sampler.sample(params, in)}, py::none()};
 }
 
 void bind_sampler(py::module_& m) {
@@ -143,10 +148,15 @@ void bind_sampler(py::module_& m) {
       .def("sample", &sample_once, py::arg("logits"), py::arg("tokens"), py::arg("prompt_len") = 0,
            "What a step would sample from float32 logits [vocab_size] after these tokens; the seed's position is "
            "len(tokens).");
+  py::class_<Sampled>(m, "Sample")
+      .def_readonly("token", &Sampled::token)
+      .def_readonly("logprob", &Sampled::logprob)
+      .def_readonly("top_logprobs", &Sampled::top_logprobs);
   py::class_<StepResult>(m, "StepResult")
-      .def_property_readonly("token", [](const StepResult& r) { return r.sampled.token; })
-      .def_property_readonly("logprob", [](const StepResult& r) { return r.sampled.logprob; })
-      .def_property_readonly("top_logprobs", [](const StepResult& r) { return r.sampled.top_logprobs; })
+      .def_property_readonly("token", [](const StepResult& r) { return r.first().token; })
+      .def_property_readonly("logprob", [](const StepResult& r) { return r.first().logprob; })
+      .def_property_readonly("top_logprobs", [](const StepResult& r) { return r.first().top_logprobs; })
+      .def_readonly("samples", &StepResult::samples)
       .def_readonly("logits", &StepResult::logits);
 }
 
@@ -265,6 +275,14 @@ LogitsWanted read_wanted(const std::string& text) {
   throw std::invalid_argument(message("logits: \"", text, "\", expected none, last or all"));
 }
 
+int read_count(const py::handle& count) {
+  try {
+    return count.cast<int>();
+  } catch (const py::cast_error&) {
+    throw py::type_error(message("n_draft is ", std::string(py::repr(count)), ", expected a small integer"));
+  }
+}
+
 // A batch as it came from Python, with references to everything the step uses while the GIL is released.
 struct PyBatch {
   std::vector<StepItem> items;
@@ -276,13 +294,14 @@ PyBatch read_batch(const py::iterable& batch) {
   PyBatch out;
   for (const py::handle entry : batch) {
     const py::tuple fields = py::reinterpret_borrow<py::object>(entry);
-    check<std::invalid_argument>(fields.size() == 4, "a batch item has ", fields.size(),
-                                 " fields, expected (sequence, tokens, sampler or None, logits)");
+    check<std::invalid_argument>(fields.size() == 4 || fields.size() == 5, "a batch item has ", fields.size(),
+                                 " fields, expected (sequence, tokens, sampler or None, logits[, n_draft])");
     StepItem item;
     item.sequence = &expect<Sequence>(fields[0], "a Sequence");
     item.tokens = read_tokens(fields[1]);
     item.sampler = fields[2].is_none() ? nullptr : &expect<SamplerParams>(fields[2], "a Sampler or None");
     item.wanted = read_wanted(py::str(fields[3]));
+    if (fields.size() == 5) item.n_draft = read_count(fields[4]);
     out.items.push_back(std::move(item));
     out.keep.push_back(fields);
   }
@@ -317,7 +336,7 @@ class InterruptPoll {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-std::vector<Sampled> run_without_gil(PyModel& self, const std::vector<StepItem>& items) {
+std::vector<std::vector<Sampled>> run_without_gil(PyModel& self, const std::vector<StepItem>& items) {
   const py::gil_scoped_release no_gil;
   InterruptPoll poll;
   while (!self.mutex.try_lock_for(InterruptPoll::kInterval)) poll();
@@ -329,7 +348,7 @@ std::vector<StepResult> step(PyModel& self, const py::iterable& batch) {
   PyBatch read = read_batch(batch);
   check_batch(*self.model, read.items);  // before memory for logits is taken
   allocate_logits(read, self.model->config().vocab_size);
-  std::vector<Sampled> sampled;
+  std::vector<std::vector<Sampled>> sampled;
   try {
     sampled = run_without_gil(self, read.items);
   } catch (const Interrupted&) {

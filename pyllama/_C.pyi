@@ -39,9 +39,15 @@ class Sequence:
     def fork(self, n: int) -> Sequence: ...   # a new one with the first n tokens in the same pages; not during a step of this one
     def close(self) -> None: ...  # give the pages back now
 
+class Sample:
+    token: int
+    logprob: float                             # nan unless logprobs >= 0
+    top_logprobs: list[tuple[int, float]]
+
 class StepResult:
-    token: int                                 # the sampled token, -1 if none was asked for
-    logprob: float                             # of the sampled token, nan unless logprobs >= 0
+    samples: list[Sample]                      # the sampled tokens: one, and one more per accepted draft; [] if none was asked for
+    token: int                                 # the first of them, -1 if there is none
+    logprob: float
     top_logprobs: list[tuple[int, float]]
     logits: NDArray[np.float32] | None         # [1, vocab] for "last", [n, vocab] for "all", else None
 
@@ -59,10 +65,14 @@ class Model:
     page_bytes: int               # memory of one page
     pages_in_use: int             # pages that sequences hold; a page that several share counts once
     def sequence(self) -> Sequence: ...
-    def step(self, batch: Seq[tuple[Sequence, Any, Sampler | None, str]]) -> list[StepResult]:
+    def step(
+        self, batch: Seq[tuple[Sequence, Any, Sampler | None, str] | tuple[Sequence, Any, Sampler | None, str, int]],
+    ) -> list[StepResult]:
         """Runs the tokens of every item through the model in one pass.
 
-        An item is (sequence, int32 token ids (at least one), sampler or None, logits: "none" | "last" | "all").
+        An item is (sequence, int32 token ids (at least one), sampler or None, logits: "none" | "last" | "all"[, n_draft]):
+        the last n_draft ids are guesses. As many of them as equal what is sampled before them stay in the sequence, and
+        `samples` are the tokens that as many steps of one token would have given, for every sampler.
         Raises ValueError for a token out of range or more than max_batch_tok tokens in all; KeyboardInterrupt between
         layers when Ctrl-C is pending: then no sequence has changed.
         """

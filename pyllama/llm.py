@@ -20,6 +20,7 @@ from .prefix_cache import default_cache_tok
 from .reply import Reply
 from .sampling import SamplingParams, build_params
 from .scheduler import Request, Scheduler
+from .speculative import LookupDrafter
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -36,7 +37,8 @@ class LLM:
     "demo". `device`: "auto" or "cpu". `n_ctx`: tokens of prompt and reply together, by default all that the model was
     made for. `threads`: by default one per physical core that this process may use. `mmap=False` reads the weights
     instead of mapping them (a mapped file must not shrink while it is used). `format`: what a foreign checkpoint is
-    converted to.
+    converted to. `speculative="lookup"` guesses tokens from earlier places of the same text and verifies several per
+    step: the same replies, in fewer steps where they repeat what they were given.
 
     `enable_prefix_caching`: a prompt that begins like an earlier one, or like one beside it, is computed only from
     where they part; results are the same. For that, keys and values of up to `prefix_cache_tokens` tokens stay in
@@ -57,14 +59,16 @@ class LLM:
         format: str | None = None,
         enable_prefix_caching: bool = True,
         prefix_cache_tokens: int | None = None,
+        speculative: str | None = None,
     ) -> None:
         _check_device(device)
+        _check_speculative(speculative)
         _check_count("n_ctx", n_ctx)
         _check_count("threads", threads)
         _check_count("prefix_cache_tokens", prefix_cache_tokens)
         load_native()
         cache = prefix_cache_tokens if enable_prefix_caching else 0
-        self._start(open_model(path, mmap=mmap, format=format), n_ctx, threads, cache)
+        self._start(open_model(path, mmap=mmap, format=format), n_ctx, threads, cache, speculative)
 
     @classmethod
     def _from_opened(
@@ -73,15 +77,22 @@ class LLM:
         n_ctx: int | None = None,
         threads: int | None = None,
         cache_tok: int | None = None,
+        speculative: str | None = None,
         **options: Any,
     ) -> LLM:
         """For tests: a model that lies in memory. `cache_tok` 0: no prefix cache. `options` go to `_C.Model`."""
         llm = cls.__new__(cls)
-        llm._start(opened, n_ctx, threads, cache_tok, **options)
+        llm._start(opened, n_ctx, threads, cache_tok, speculative, **options)
         return llm
 
     def _start(
-        self, opened: OpenedModel, n_ctx: int | None, threads: int | None, cache_tok: int | None, **options: Any
+        self,
+        opened: OpenedModel,
+        n_ctx: int | None,
+        threads: int | None,
+        cache_tok: int | None,
+        speculative: str | None,
+        **options: Any,
     ) -> None:
         longest = int(opened.config["max_seq_len"])
         if n_ctx is not None and n_ctx > longest:
@@ -99,7 +110,8 @@ class LLM:
         self.threads = int(self._model.threads)
         self.isa = str(self._model.isa)
         cache_tok = default_cache_tok(self._model, self.n_ctx) if cache_tok is None else cache_tok
-        self._scheduler = Scheduler(self._model, cache_tok=cache_tok)
+        drafter = LookupDrafter() if speculative == "lookup" else None
+        self._scheduler = Scheduler(self._model, cache_tok=cache_tok, drafter=drafter)
         self._end_ids = frozenset(opened.end_ids)
         self._closed = False
 
@@ -350,6 +362,11 @@ def _check_device(device: str) -> None:
         raise DeviceError('device="cuda": this build has no CUDA backend; use device="cpu" or "auto"')
     if device not in ("auto", "cpu"):
         raise ValueError(f'device={device!r}: expected "auto", "cpu" or "cuda"')
+
+
+def _check_speculative(speculative: str | None) -> None:
+    if speculative not in (None, "lookup"):
+        raise ValueError(f'speculative={speculative!r}: expected "lookup" or None')
 
 
 def _check_count(name: str, value: int | None) -> None:

@@ -30,13 +30,16 @@ class Timings:
     """Wall time of one request, as its caller saw it: neighbours in the batch slow it down.
 
     `prompt_s` runs from the first step to the first token; `decode_s` from the first token to the last.
-    `prompt_tok` are the tokens that were computed in `prompt_s` (what was in a cache is not).
+    `prompt_tok` are the tokens that were computed in `prompt_s` (what was in a cache is not). With speculation,
+    `draft_n` tokens were guessed and `draft_n_accepted` of them came true, each of which saved a step.
     """
 
     prompt_s: float
     decode_s: float
     prompt_tok: int
     decode_tok: int
+    draft_n: int = 0
+    draft_n_accepted: int = 0
 
     @property
     def prompt_tok_per_s(self) -> float:

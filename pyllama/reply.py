@@ -119,6 +119,8 @@ class Reply:
             decode_s=request.last_s - request.first_s,
             prompt_tok=len(request.prompt) - request.n_reused,
             decode_tok=len(request.results) - 1,
+            draft_n=request.n_drafted,
+            draft_n_accepted=request.n_accepted,
         )
         return RequestOutput(
             text="".join(piece.text for piece in self.pieces),

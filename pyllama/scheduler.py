@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 
 from .common.errors import PyllamaError
 from .prefix_cache import Found, PrefixCache, common_prefix
+from .speculative import Drafter
+
+Item = tuple[Any, Any, Any, str, int]  # of a step: sequence, tokens, sampler, logits wanted, n_draft
 
 MAX_SEQUENCES = 64  # requests in one step; the others wait for their turn
 _LOGITS_CHUNK_TOK = 64  # rows of logits per step: 64 rows of a 128k vocabulary are 33 MB
@@ -65,6 +68,9 @@ class Request:
         self.error: BaseException | None = None
         self.start_s = self.first_s = self.last_s = 0.0
         self._next_token = np.zeros(1, np.int32)
+        self.drafting: Any = None  # the drafter's, of this request
+        self.may_draft = True
+        self.n_drafted = self.n_accepted = 0
 
     @property
     def n_cached(self) -> int:
@@ -103,6 +109,11 @@ class Request:
         """True once the prompt is through and a token was sampled."""
         return self.sampler is not None and bool(self.results)
 
+    @property
+    def room_for_draft(self) -> int:
+        """Tokens that a draft may have: the one sampled after the last of them is within the limit."""
+        return self.limit - len(self.results) - 1
+
     def next_tokens(self, room: int) -> NDArray[np.int32]:
         """What to feed in this step: the last sampled token, or a chunk of the prompt of at most `room` tokens."""
         if self.decoding:
@@ -113,7 +124,7 @@ class Request:
         start = self.n_cached
         return self.prompt[start : start + room]
 
-    def settle(self, n_tok: int, result: Any, now: float) -> None:
+    def settle(self, n_tok: int, n_draft: int, result: Any, now: float) -> None:
         """Records a step's outcome by exactly one atomic change of what `n_cached` counts."""
         if self.sampler is not None and not self.results:
             if self.n_fed + n_tok < len(self.prompt):
@@ -121,7 +132,12 @@ class Request:
                 return
             self.first_s = now
         self.last_s = now
-        self.results.append(result)
+        if n_draft:
+            self.results.extend(result.samples)
+            self.n_drafted += n_draft
+            self.n_accepted += len(result.samples) - 1
+        else:
+            self.results.append(result)
         self.check_done()
 
     def check_done(self) -> None:
@@ -136,12 +152,15 @@ class Scheduler:
     """Owns the model's steps. All methods may be called from any thread.
 
     `cache_tok`: tokens whose keys and values stay in memory after their request, for others that begin alike; 0 for
-    none, then every request computes all of its prompt.
+    none, then every request computes all of its prompt. `drafter` guesses tokens; None for plain decoding.
     """
 
-    def __init__(self, model: Any, max_sequences: int = MAX_SEQUENCES, cache_tok: int = 0) -> None:
+    def __init__(
+        self, model: Any, max_sequences: int = MAX_SEQUENCES, cache_tok: int = 0, drafter: Drafter | None = None
+    ) -> None:
         self._model = model
         self._cache = PrefixCache(model, cache_tok) if cache_tok else None
+        self._drafter = drafter
         self._max_sequences = max_sequences
         self._max_batch_tok: int = model.max_batch_tok
         self._requests: list[Request] = []  # in order of arrival
@@ -238,6 +257,8 @@ class Scheduler:
     def _purge(self) -> None:
         self._leftovers = False
         for request in [r for r in self._requests if not r.wants_step]:
+            if self._drafter is not None:
+                self._drafter.forget(request)
             if request.sequence is not None and not request.keep_sequence:
                 self._retire(request)
             self._requests.remove(request)
@@ -301,20 +322,39 @@ class Scheduler:
                 longest = n
         return best
 
-    def _plan(self) -> tuple[list[Request], list[tuple[Any, Any, Any, str]]]:
+    def _plan(self) -> tuple[list[Request], list[Item]]:
         """Lays out the next step: a token of every decoding request, then chunks of prompts in order of arrival."""
         chosen = self._choose()
         room = self._max_batch_tok
         members: list[Request] = []
-        items: list[tuple[Any, Any, Any, str]] = []
+        items: list[Item] = []
+        drafts = self._drafts(chosen) if self._drafter is not None else {}
         for request in sorted(chosen, key=lambda r: not r.decoding):
             if room <= 0:
                 break
-            tokens = request.next_tokens(room)
+            tokens: Any = request.next_tokens(room)
+            draft = drafts.get(request, ())
+            if draft:
+                tokens = [request.results[-1].token, *draft]
             room -= len(tokens)
             members.append(request)
-            items.append((request.sequence, tokens, *self._wanted(request, len(tokens))))
+            items.append((request.sequence, tokens, *self._wanted(request, len(tokens)), len(draft)))
         return members, items
+
+    def _drafts(self, chosen: list[Request]) -> dict[Request, list[int]]:
+        """What to guess, in rows that nobody else needs. A guess stops before a token that would end the text."""
+        assert self._drafter is not None
+        drafts: dict[Request, list[int]] = {}
+        n_other = sum(len(r.prompt) - r.n_cached for r in chosen if not r.decoding)
+        room = self._max_batch_tok - n_other - sum(r.decoding for r in chosen)
+        able = [r for r in chosen if r.decoding and r.may_draft]
+        if room <= 0 or not able:
+            return drafts
+        for request, draft in zip(able, self._drafter.draft(able, n_other, room), strict=True):
+            n = next((i for i, token in enumerate(draft) if token in request.end_ids), len(draft))
+            drafts[request] = draft[: min(n, request.room_for_draft, room)]
+            room -= len(drafts[request])
+        return drafts
 
     @staticmethod
     def _wanted(request: Request, n_tok: int) -> tuple[Any, str]:
@@ -339,28 +379,32 @@ class Scheduler:
         except Exception as error:
             if isinstance(error, MemoryError) and self._cache is not None and self._cache.clear():
                 return  # the step has changed nothing: it is made again, with what the cache has given back
-            if len(members) == 1:
+            if len(members) == 1 and not items[0][-1]:
                 members[0].error = error
             else:
                 self._step_apart(members, items)
             return
         now = time.perf_counter()
         for request, item, result in zip(members, items, results, strict=True):
-            request.settle(len(item[1]), result, now)
+            request.settle(len(item[1]), item[-1], result, now)
         self._dirty = False
 
-    def _step_apart(self, members: list[Request], items: list[tuple[Any, Any, Any, str]]) -> None:
+    def _step_apart(self, members: list[Request], items: list[Item]) -> None:
         """After a step that failed: each member's part of it alone, so that only the one to blame gets an error.
 
-        A step that raises has changed no sequence, and a part gives alone what it gives among others.
+        A step that raises has changed no sequence, and a part gives alone what it gives among others. Drafts are left
+        out, now and later: a guess must not fail what it was for.
         """
-        for request, item in zip(members, items, strict=True):
+        for request, (sequence, tokens, sampler, wanted, n_draft) in zip(members, items, strict=True):
+            if n_draft:
+                request.may_draft = False
+                tokens = tokens[:-n_draft]
             try:
-                (result,) = self._model.step([item])
+                (result,) = self._model.step([(sequence, tokens, sampler, wanted, 0)])
             except Exception as error:
                 request.error = error
             else:
-                request.settle(len(item[1]), result, time.perf_counter())
+                request.settle(len(tokens), 0, result, time.perf_counter())
 
     def _fail_all(self, error: Exception) -> None:
         for request in list(self._requests):

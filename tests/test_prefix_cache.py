@@ -353,7 +353,7 @@ def test_the_cache_is_given_up_before_a_request_fails_for_want_of_memory() -> No
 
     class Small(FakeModel):
         def step(self, items: list[Any]) -> list[Any]:
-            new = sum(-(-(s.n_past + len(t)) // self.PAGE_TOK) - -(-s.n_past // self.PAGE_TOK) for s, t, _, _ in items)
+            new = sum(-(-(s.n_past + len(t)) // self.PAGE_TOK) - -(-s.n_past // self.PAGE_TOK) for s, t, *_ in items)
             if self.pages_in_use + new > 10:
                 raise MemoryError
             return super().step(items)

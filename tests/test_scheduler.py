@@ -87,9 +87,11 @@ class FakeModel:
         try:
             n = len(self.batches)
             self.trouble(n)
-            self.batches.append([(len(tokens), wanted) for _, tokens, _, wanted in items])
+            self.batches.append([(len(tokens), wanted) for _, tokens, _, wanted, _ in items])
             assert 0 < sum(n_tok for n_tok, _ in self.batches[-1]) <= self.max_batch_tok
             assert len({id(sequence) for sequence, *_ in items}) == len(items)
+            if not all(0 <= token < VOCAB for _, tokens, *_ in items for token in tokens):
+                raise ValueError("a token outside the vocabulary")
             results = [self._run(*item) for item in items]
             self.after(n)
             return results
@@ -97,14 +99,19 @@ class FakeModel:
             self._busy.release()
 
     @staticmethod
-    def _run(sequence: FakeSequence, tokens: Any, sampler: Any, wanted: str) -> Any:
-        assert len(tokens) and not sequence.closed
-        rows = []
-        for token in tokens:
+    def _run(sequence: FakeSequence, tokens: Any, sampler: Any, wanted: str, n_draft: int) -> Any:
+        assert len(tokens) > n_draft >= 0 and not sequence.closed
+        assert n_draft == 0 or (sampler is not None and wanted == "none")
+        rows, samples = [], []
+        for i, token in enumerate(tokens):
+            if i >= len(tokens) - n_draft and token != samples[-1].token:
+                break
             sequence.tokens.append(int(token))
             rows.append(np.full(4, next_token(sequence.tokens), np.float32))
-        token = next_token(sequence.tokens) if sampler is not None else -1
-        return SimpleNamespace(token=token, logits=np.stack(rows) if wanted == "all" else None)
+            if sampler is not None and i >= len(tokens) - 1 - n_draft:
+                samples.append(SimpleNamespace(token=next_token(sequence.tokens)))
+        token = samples[0].token if samples else -1
+        return SimpleNamespace(token=token, samples=samples, logits=np.stack(rows) if wanted == "all" else None)
 
 
 def request(prompt: list[int], limit: int = 5, **options: Any) -> Request:
@@ -277,7 +284,7 @@ def test_a_failure_is_its_own_requests_alone(poisons: tuple[int, ...]) -> None:
 
     class Poisoned(FakeModel):
         def step(self, items: list[Any]) -> list[Any]:
-            prompts = [tokens for sequence, tokens, _, _ in items if sequence.n_past < sequence.prompt_len]
+            prompts = [tokens for sequence, tokens, *_ in items if sequence.n_past < sequence.prompt_len]
             found = [int(token) for tokens in prompts for token in tokens if token in poisons]
             if found:
                 raise ValueError(f"poison {found[0]}")

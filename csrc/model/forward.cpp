@@ -24,7 +24,7 @@ struct Plan {
 
 // Whether an item needs logits for the row of its token i.
 bool needs_logits(const StepItem& item, int i) {
-  const bool last = i == item.n_tok() - 1;
+  const bool last = i >= item.n_tok() - 1 - item.n_draft;
   return item.wanted == LogitsWanted::all || (last && (item.sampler || item.wanted == LogitsWanted::last));
 }
 
@@ -93,8 +93,13 @@ class Prepared {
   Prepared(const Prepared&) = delete;
   Prepared& operator=(const Prepared&) = delete;
 
-  void commit() {
-    for (const StepItem& item : batch_) item.sequence->commit(item.tokens.data(), item.n_tok());
+  // Drafts behind the last token that something was sampled after were wrong: they are forgotten.
+  void commit(const std::vector<std::vector<Sampled>>& sampled) noexcept {
+    for (size_t i = 0; i < batch_.size(); ++i) {
+      const StepItem& item = batch_[i];
+      const int n_accepted = item.sampler ? static_cast<int>(sampled[i].size()) - 1 : 0;
+      item.sequence->commit(item.tokens.data(), item.n_tok() - item.n_draft + n_accepted);
+    }
     n_ready_ = 0;
   }
 
@@ -123,16 +128,24 @@ void forward(const Model& model, const Plan& plan, const std::function<void()>& 
   if (step.n_out > 0) backend.head();
 }
 
-Sampled sample_item(Sampler& sampler, const StepItem& item, const float* last_row, int vocab_size) {
-  std::vector<int32_t> tokens = item.sequence->history();
-  tokens.insert(tokens.end(), item.tokens.begin(), item.tokens.end());
+// Samples after the last token that is no draft, and after each draft for as long as the drafts come true. `logits`:
+// [1 + n_draft, vocab_size]. The penalties and the random number see what they would see without drafts, hence the
+// tokens are the same for every sampler.
+std::vector<Sampled> sample_item(Sampler& sampler, const StepItem& item, const float* logits, int vocab_size) {
   SamplerInput in;
-  in.logits = last_row;
   in.vocab_size = vocab_size;
-  in.tokens = tokens.data();
-  in.n_tok = static_cast<int>(tokens.size());
+  in.past = item.sequence->history().data();
+  in.n_past = static_cast<int>(item.sequence->history().size());
+  in.fed = item.tokens.data();
   in.prompt_len = item.sequence->prompt_len();
-  return sampler.sample(*item.sampler, in);
+  std::vector<Sampled> sampled;
+  for (int row = 0; row <= item.n_draft; ++row) {
+    in.n_fed = item.n_tok() - item.n_draft + row;
+    in.logits = logits + static_cast<size_t>(row) * static_cast<size_t>(vocab_size);
+    sampled.push_back(sampler.sample(*item.sampler, in));
+    if (row < item.n_draft && item.tokens[static_cast<size_t>(in.n_fed)] != sampled.back().token) break;
+  }
+  return sampled;
 }
 
 }  // namespace
@@ -154,6 +167,10 @@ void check_batch(const Model& model, const std::vector<StepItem>& batch) {
       check<std::invalid_argument>(token >= 0 && token < config.vocab_size, "token ", token, ", expected 0…",
                                    config.vocab_size - 1);
     }
+    check<std::invalid_argument>(item.n_draft >= 0 && item.n_draft < item.n_tok(), "n_draft is ", item.n_draft,
+                                 ", expected 0…", item.n_tok() - 1, ", fewer than the item's tokens");
+    check<std::invalid_argument>(item.n_draft == 0 || (item.sampler && item.wanted == LogitsWanted::none),
+                                 "drafts need a sampler, and logits \"none\"");
     const int n_past = item.sequence->n_past();
     const auto room = static_cast<size_t>(config.max_seq_len - n_past);
     check<ContextError>(item.tokens.size() <= room, n_past, " tokens and ", item.tokens.size(),
@@ -165,14 +182,14 @@ void check_batch(const Model& model, const std::vector<StepItem>& batch) {
                                " tokens, expected at most max_batch_tok = ", most);
 }
 
-std::vector<Sampled> run_step(const Model& model, Sampler& sampler, const std::vector<StepItem>& batch,
-                              const std::function<void()>& poll) {
+std::vector<std::vector<Sampled>> run_step(const Model& model, Sampler& sampler, const std::vector<StepItem>& batch,
+                                           const std::function<void()>& poll) {
   check_batch(model, batch);
   Prepared prepared(batch);
   const Plan plan(batch);
   forward(model, plan, poll);
 
-  std::vector<Sampled> results(batch.size());
+  std::vector<std::vector<Sampled>> results(batch.size());
   const auto vocab_size = static_cast<size_t>(model.config().vocab_size);
   const float* logits = plan.out_rows.empty() ? nullptr : model.backend().logits();
   for (size_t i = 0; i < batch.size(); ++i) {
@@ -181,12 +198,12 @@ std::vector<Sampled> run_step(const Model& model, Sampler& sampler, const std::v
     const auto n_rows = static_cast<size_t>(item.n_logit_rows());
     if (n_rows > 0) std::copy_n(logits + first * vocab_size, n_rows * vocab_size, item.logits_out);
     if (item.sampler) {
-      const size_t last = n_rows > 0 ? first + n_rows - 1 : first;
-      results[i] = sample_item(sampler, item, logits + last * vocab_size, model.config().vocab_size);
+      const size_t row = n_rows > 0 ? first + n_rows - 1 : first;
+      results[i] = sample_item(sampler, item, logits + row * vocab_size, model.config().vocab_size);
     }
   }
   poll();
-  prepared.commit();
+  prepared.commit(results);
   return results;
 }
 

@@ -1,6 +1,6 @@
-// One step: new tokens of any number of sequences go through the model together, and a next token is sampled where
-// asked. A step is atomic: when it throws, no sequence has changed. Scheduling, stop conditions and text are not its
-// business.
+// One step: new tokens of any number of sequences go through the model together, and next tokens are sampled where
+// asked: one, or one more for every drafted token that turned out to be what would have been sampled. A step is atomic:
+// when it throws, no sequence has changed. Scheduling, drafting, stop conditions and text are not its business.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,8 @@ enum class LogitsWanted : uint8_t { none, last, all };
 
 struct StepItem {
   Sequence* sequence = nullptr;
-  std::vector<int32_t> tokens;             // at least one
+  std::vector<int32_t> tokens;             // at least one that is not a draft, then the drafts
+  int n_draft = 0;                         // how many of them are guesses; only with a sampler and without logits
   const SamplerParams* sampler = nullptr;  // null: nothing is sampled
   LogitsWanted wanted = LogitsWanted::none;
   float* logits_out = nullptr;  // [1 or tokens.size(), vocab_size], filled when wanted
@@ -26,13 +27,16 @@ struct StepItem {
 };
 
 // Checks that a batch may run at all; changes nothing. std::invalid_argument for an empty item, a token outside the
-// vocabulary, more than max_batch_tok tokens, a sequence of another model or one that stands twice;
-// ContextError when a sequence would outgrow max_seq_len.
+// vocabulary, more than max_batch_tok tokens, a sequence of another model or one that stands twice, drafts without a
+// sampler; ContextError when a sequence would outgrow max_seq_len.
 void check_batch(const Model& model, const std::vector<StepItem>& batch);
 
-// Runs the batch; one result per item. `poll` is called between layers and may throw to stop the step. Not for two
-// threads at once on one model. Throws what check_batch throws, and FormatError for logits that are not finite.
-std::vector<Sampled> run_step(const Model& model, Sampler& sampler, const std::vector<StepItem>& batch,
-                              const std::function<void()>& poll);
+// Runs the batch; per item the tokens that were sampled. The first follows the last token that is no draft; each next
+// one follows a draft that equals the token sampled before it. So they are the tokens that as many steps of one token
+// would have sampled, whatever was drafted, and the sequence then holds exactly what it would hold after those steps.
+// `poll` is called between layers and may throw to stop the step. Not for two threads at once on one model. Throws what
+// check_batch throws, and FormatError for logits that are not finite.
+std::vector<std::vector<Sampled>> run_step(const Model& model, Sampler& sampler, const std::vector<StepItem>& batch,
+                                           const std::function<void()>& poll);
 
 }  // namespace pyllama

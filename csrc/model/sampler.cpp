@@ -109,7 +109,7 @@ void check_sampler(const SamplerParams& p) {
 }
 
 Sampled Sampler::sample(const SamplerParams& params, const SamplerInput& in) {
-  check(all_finite(in.logits, in.vocab_size), "logits are not finite at position ", in.n_tok - 1,
+  check(all_finite(in.logits, in.vocab_size), "logits are not finite at position ", in.n_tok() - 1,
         ": the weights hold NaN or overflow");
   Sampled out;
   const float* logits = adjust(params, in);
@@ -117,7 +117,7 @@ Sampled Sampler::sample(const SamplerParams& params, const SamplerInput& in) {
     out.token = argmax(logits, in.vocab_size);
     check<std::invalid_argument>(logits[out.token] != kBanned, "logit_bias bans every token");
   } else {
-    out.token = draw(params, logits, in.vocab_size, static_cast<uint64_t>(in.n_tok));
+    out.token = draw(params, logits, in.vocab_size, static_cast<uint64_t>(in.n_tok()));
   }
   if (params.logprobs >= 0) report(in, params.logprobs, out);
   return out;
@@ -143,14 +143,18 @@ void Sampler::penalize(const SamplerParams& params, const SamplerInput& in) {
   // counts_: how often a token stands in the reply, plus one if it stands anywhere.
   counts_.resize(static_cast<size_t>(in.vocab_size), 0);
   ids_.clear();
-  for (int i = 0; i < in.n_tok; ++i) {
-    int32_t& count = counts_[static_cast<size_t>(in.tokens[i])];
-    if (count == 0) {
-      ids_.push_back(in.tokens[i]);
-      count = 1;
+  const auto take = [&](const int32_t* tokens, int n, int first) {
+    for (int i = 0; i < n; ++i) {
+      int32_t& count = counts_[static_cast<size_t>(tokens[i])];
+      if (count == 0) {
+        ids_.push_back(tokens[i]);
+        count = 1;
+      }
+      if (first + i >= in.prompt_len) ++count;
     }
-    if (i >= in.prompt_len) ++count;
-  }
+  };
+  take(in.past, in.n_past, 0);
+  take(in.fed, in.n_fed, in.n_past);
   for (const int32_t id : ids_) {
     float& logit = adjusted_[static_cast<size_t>(id)];
     const int in_reply = counts_[static_cast<size_t>(id)] - 1;

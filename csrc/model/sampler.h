@@ -32,9 +32,14 @@ void check_sampler(const SamplerParams& params);
 struct SamplerInput {
   const float* logits = nullptr;  // [vocab_size]
   int vocab_size = 0;
-  const int32_t* tokens = nullptr;  // [n_tok] all tokens so far, ids below vocab_size
-  int n_tok = 0;
-  int prompt_len = 0;  // tokens[prompt_len …] are the reply
+  // All tokens so far, in two parts so that nobody has to join them; ids below vocab_size.
+  const int32_t* past = nullptr;  // [n_past]
+  int n_past = 0;
+  const int32_t* fed = nullptr;  // [n_fed]
+  int n_fed = 0;
+  int prompt_len = 0;  // the tokens from this place on are the reply
+
+  int n_tok() const { return n_past + n_fed; }
 };
 
 struct Sampled {

@@ -163,6 +163,7 @@ void Sequence::commit(const int32_t* new_tokens, int n_new) noexcept {
   if (shared_page_ != kNoPage) pool_->give_back(&shared_page_, 1);
   shared_page_ = kNoPage;
   in_step_ = false;
+  keep_pages(pages_for(tokens_.size()));
 }
 
 void Sequence::abandon() noexcept {

@@ -64,8 +64,8 @@ class Sequence {
   bool belongs_to(const PagePool& pool) const { return pool_.get() == &pool; }
 
   // The three moments of a step; only forward.cpp calls them. After prepare(), pages() covers n_new more tokens, none
-  // of them in a page that others hold, and the sequence refuses to change until commit() or abandon(), after which it
-  // has the pages that it had before.
+  // of them in a page that others hold, and the sequence refuses to change until commit(), of one token to n_new, or
+  // abandon(), after which it has the pages that it had before.
   void prepare(int n_new);
   void commit(const int32_t* new_tokens, int n_new) noexcept;
   void abandon() noexcept;

@@ -33,6 +33,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-ctx", type=positive, metavar="N", help="tokens of prompt and reply together")
     parser.add_argument("--no-mmap", action="store_true", help="read the weights instead of mapping the file")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--speculative", choices=("lookup",), help="guess what repeats the text so far: same replies, often faster"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -77,4 +80,5 @@ def open_llm(arguments: argparse.Namespace) -> LLM:
         n_ctx=arguments.n_ctx,
         threads=arguments.threads,
         mmap=not arguments.no_mmap,
+        speculative=arguments.speculative,
     )

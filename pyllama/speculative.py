@@ -1,0 +1,185 @@
+"""Drafts: guesses of the tokens to come, which a step verifies all at once (csrc/model/forward.h).
+
+A draft never changes a result, only how many tokens a step yields: the step samples after each row as plain decoding
+would, with the same random number for the same position, and stops where the guess was wrong. What is decided here is
+what to guess, and how much of it is worth its cost: rows of a step are cheap, not free. The policy is a function of
+tokens alone, no clock is in it.
+
+Knows no steps and no text; scheduler.py asks for drafts and feeds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .scheduler import Request
+
+MAX_DRAFT_TOK = 16
+_NGRAMS = (4, 3, 2)  # lengths of the endings that are looked up, the longest first
+
+# The price of one more row, in steps of one row: up to 4 rows, up to 8 rows, beyond. A little dearer than measured on
+# two cores, so that drafting at a loss is rare where rows cost more.
+_ROW_COSTS = ((4, 0.09), (8, 0.13))
+_ROW_COST_BEYOND = 0.2
+
+# Shares of guesses that come true, before anything is known, by the length of what matched (1, 2, 3, 4…7, 8…15, 16…).
+_PRIOR_CHANCES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9)
+_PRIOR_WEIGHT = 3.0  # tries that the prior counts for
+_MEMORY_TOK = 48.0  # older tries fade
+
+
+def row_cost(row: int) -> float:
+    """What the row with this number (0 is the first) adds to a step, in steps of one row."""
+    for end, cost in _ROW_COSTS:
+        if row < end:
+            return cost
+    return _ROW_COST_BEYOND
+
+
+class Budget:
+    """Hands out the rows of one step to drafts, so that the step yields the most tokens for what it costs.
+
+    `n_sure`: requests that get a token in any case, a row each. `n_other`: rows of prompts in the same step. `room`:
+    rows that drafts may take at most.
+    """
+
+    def __init__(self, n_sure: int, n_other: int, room: int) -> None:
+        self._gain = float(n_sure)
+        self._cost = 1.0 + sum(row_cost(row) for row in range(1, n_sure))
+        self._row = n_sure + n_other
+        self._room = room
+
+    def take(self, chances: Iterable[float], most: int) -> int:
+        """How many tokens to draft for one request, `most` at most.
+
+        `chances`: the chance of each drafted token, given that those before it are right. A token is worth its row when
+        the chance that it counts, by its price, is above what the step gives for its cost so far.
+        """
+        n, reached = 0, 1.0
+        for chance in chances:
+            reached *= chance
+            price = row_cost(self._row)
+            if n >= most or not self._room or reached * self._cost <= price * self._gain:
+                break
+            self._gain += reached
+            self._cost += price
+            self._row += 1
+            self._room -= 1
+            n += 1
+        return n
+
+
+class Chances:
+    """How often guesses came true, by the length of what they rest on; learned from all guesses, fed or not."""
+
+    def __init__(self) -> None:
+        self._rates = list(_PRIOR_CHANCES)
+        self._tries = [_PRIOR_WEIGHT] * len(_PRIOR_CHANCES)
+
+    @staticmethod
+    def _place(length: int) -> int:
+        return length - 1 if length < 4 else min(length.bit_length(), 5)
+
+    def learn(self, length: int, hit: bool) -> None:
+        """A guess that rested on `length` matching tokens was right, or not."""
+        i = self._place(length)
+        self._tries[i] = tries = min(self._tries[i] + 1.0, _MEMORY_TOK)
+        self._rates[i] += (hit - self._rates[i]) / tries
+
+    def following(self, length: int) -> Iterator[float]:
+        """The chances of the first guess after `length` matching tokens, of the next, and so on."""
+        for n in range(length, length + MAX_DRAFT_TOK):
+            yield self._rates[self._place(n)]
+
+
+class Lookup:
+    """Guesses that a text goes on as it did after the most recent earlier place that reads the same.
+
+    While the text follows such a place, the place moves along; where it departs, the ending is looked up anew. Every
+    token costs a few dictionary operations, whatever the length of the text.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = list(tokens)
+        self._after: list[dict[tuple[int, ...], int]] = []  # per length of ending: ending -> place of what follows it
+        for n in _NGRAMS:
+            endings = zip(*(self._tokens[i:] for i in range(n)), strict=False)
+            table = dict(zip(endings, range(n, len(self._tokens)), strict=False))  # the latest place stays
+            self._after.append(table)
+        self._chances = Chances()
+        self._next, self._length = self._find()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def push(self, token: int) -> None:
+        """The text goes on with this token."""
+        tokens, place = self._tokens, self._next
+        hit = place > 0 and tokens[place] == token
+        if place > 0:
+            self._chances.learn(self._length, hit)
+        end = len(tokens)
+        for n, table in zip(_NGRAMS, self._after, strict=True):
+            if end >= n:
+                table[tuple(tokens[-n:])] = end
+        tokens.append(token)
+        if hit:
+            self._next, self._length = place + 1, self._length + 1
+        else:
+            self._next, self._length = self._find(place)
+
+    def _find(self, departed: int = 0) -> tuple[int, int]:
+        """Place of the next guess and the length of what matches before it; 0, 0 for none."""
+        for n, table in zip(_NGRAMS, self._after, strict=True):
+            place = table.get(tuple(self._tokens[-n:]), 0)
+            if place:
+                return place, n
+        return (departed + 1, 1) if departed else (0, 0)  # as if one token had been exchanged
+
+    def draft(self, budget: Budget, most: int) -> list[int]:
+        """At most `most` tokens that are worth guessing in the step that `budget` is of."""
+        if not self._next:
+            return []
+        n = budget.take(self._chances.following(self._length), most)
+        draft = self._tokens[self._next : self._next + n]
+        while len(draft) < n:  # what is copied reaches into the copy
+            draft += draft[: n - len(draft)]
+        return draft
+
+
+class Drafter(Protocol):
+    """What the scheduler asks for drafts. Results never depend on it."""
+
+    def draft(self, requests: Sequence[Request], n_other: int, room: int) -> list[list[int]]:
+        """A guess for each of these decoding requests, perhaps empty; at most `room` tokens in all.
+
+        `n_other`: rows of prompts in the same step.
+        """
+
+    def forget(self, request: Request) -> None:
+        """The request leaves: what is kept of it is freed. Called between steps."""
+
+
+class LookupDrafter:
+    """Prompt lookup for every request by itself; costs no memory but an index of each text."""
+
+    def draft(self, requests: Sequence[Request], n_other: int, room: int) -> list[list[int]]:
+        """As Drafter says."""
+        budget = Budget(len(requests), n_other, room)
+        return [self._of(request).draft(budget, request.room_for_draft) for request in requests]
+
+    @staticmethod
+    def _of(request: Request) -> Lookup:
+        n = len(request.prompt)
+        if request.drafting is None:
+            request.drafting = Lookup(request.prompt.tolist())
+        lookup: Lookup = request.drafting
+        for result in request.results[len(lookup) - n :]:
+            lookup.push(result.token)
+        return lookup
+
+    def forget(self, request: Request) -> None:
+        """The request leaves."""
+        request.drafting = None
