@@ -370,6 +370,12 @@ void bind_model(py::module_& m) {
       .def_property_readonly("max_batch_tok", [](const PyModel& self) { return self.model->backend().max_batch_tok(); })
       .def_property_readonly("page_bytes", [](const PyModel& self) { return self.model->backend().page_bytes(); })
       .def_property_readonly("pages_in_use", [](const PyModel& self) { return self.model->pool().pages_in_use(); })
+      .def(
+          "pages_held_only_by",
+          [](const PyModel& self, const std::vector<const Sequence*>& sequences) {
+            return self.model->pool().pages_held_only_by(sequences);
+          },
+          py::arg("sequences"), "How many pages closing all of these would give back.")
       .def("sequence", [](const PyModel& self) { return self.model->new_sequence(); })
       .def("step", &step, py::arg("batch"), "Runs the tokens of every item through the model in one pass.");
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +113,7 @@ class LLM:
         cache_tok = default_cache_tok(self._model, self.n_ctx) if cache_tok is None else cache_tok
         drafter = LookupDrafter() if speculative == "lookup" else None
         self._scheduler = Scheduler(self._model, cache_tok=cache_tok, drafter=drafter)
+        self._sessions: WeakSet[Session] = WeakSet()
         self._end_ids = frozenset(opened.end_ids)
         self._closed = False
 
@@ -210,6 +212,8 @@ class LLM:
         """Frees the model. Requests of other threads end with an error. Closing twice does nothing."""
         if not self._closed:
             self._closed = True
+            for session in list(self._sessions):
+                session.close()
             self._scheduler.close()
             self._model = None
 
@@ -228,7 +232,7 @@ class LLM:
     # -------------------------------------------------------------------------------- from calls to requests
 
     def _reply(
-        self, prompt: Any, params: SamplingParams | None, options: Mapping[str, Any], sequence: Any = None
+        self, prompt: Any, params: SamplingParams | None, options: Mapping[str, Any], session: Session | None = None
     ) -> Reply:
         self._check_open()
         settled = build_params(params, options).resolve(self._generation_config)
@@ -245,7 +249,8 @@ class LLM:
             sampler=load_native().Sampler(**settled.native_arguments()),
             limit=min(room, settled.max_tokens or room),
             end_ids=frozenset(settled.stop_token_ids or ()) | (frozenset() if settled.ignore_eos else self._end_ids),
-            sequence=sequence,
+            sequence=session and session.sequence,
+            keep_sequence=session is not None,
         )
         return Reply(
             request,
@@ -312,18 +317,21 @@ class LLM:
 
 
 class Session:
-    """One conversation with a cache of its own. For one thread at a time; several sessions may run side by side."""
+    """One conversation with a cache of its own, which no other request makes room in. For one thread at a time; several
+    sessions may run side by side.
+    """
 
     def __init__(self, llm: LLM) -> None:
         llm._check_open()
         self._llm = llm
-        self._sequence: Any = None
+        self._closed = False
         self.reply: Reply | None = None  # the last one; finished once its stream is through
+        llm._sessions.add(self)
 
-        def make() -> None:
-            self._sequence = llm._model.sequence()
-
-        llm._scheduler.run_alone(make)
+    @property
+    def sequence(self) -> Any:
+        """The cache; None before the first step."""
+        return self.reply and self.reply.request.sequence
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
@@ -332,19 +340,19 @@ class Session:
 
         An older stream of this session that is not through raises PyllamaError when it is asked for more.
         """
-        if self._sequence is None:
+        if self._closed:
             raise ValueError("this session is closed")
-        reply = self._llm._reply(prompt, params, options, sequence=self._sequence)
+        reply = self._llm._reply(prompt, params, options, self)
         self._end_last("this stream was replaced by a newer one of the same session")
         self.reply = reply
         return self._llm._pieces(reply)
 
     def close(self) -> None:
-        """Gives the cache back."""
+        """Gives the cache back. Closing twice does nothing."""
+        self._closed = True
         self._end_last("the session of this stream was closed")
-        sequence, self._sequence = self._sequence, None
-        if sequence is not None and not self._llm._closed:
-            self._llm._scheduler.run_alone(sequence.close)
+        if self.sequence is not None:
+            self._llm._scheduler.run_alone(self.sequence.close)
 
     def _end_last(self, why: str) -> None:
         """The last stream, should it be unfinished, gets no more tokens, and says so if it is read on."""

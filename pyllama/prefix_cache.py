@@ -60,7 +60,7 @@ class Found(NamedTuple):
 
 
 class PrefixCache:
-    """Keeps sequences of one model, in at most `n_tok` tokens' worth of pages beside those of running requests."""
+    """Keeps sequences of one model, in at most `n_tok` tokens' worth of pages that nobody else holds."""
 
     def __init__(self, model: Any, n_tok: int) -> None:
         self._model = model
@@ -95,16 +95,14 @@ class PrefixCache:
         self._kept.append(kept)
         return kept.sequence.fork(found.n)
 
-    def park(self, sequence: Any, n_tok_running: Iterable[int]) -> None:
-        """Keeps the sequence of a request that is through. `n_tok_running`: tokens of each that is not."""
+    def park(self, sequence: Any) -> None:
+        """Keeps the sequence of a request that is through."""
         tokens = np.asarray(sequence.tokens, np.int32)
         for kept in self._kept[:]:
             if common_prefix(kept.tokens, tokens) == len(kept.tokens):
                 self._drop(kept)  # a beginning of the new one: never again the longest
         self._kept.append(Kept(tokens, sequence))
-        page = self._model.PAGE_TOK
-        most = self._most_pages + sum(-(-n // page) for n in n_tok_running)
-        while self._kept and self._model.pages_in_use > most:
+        while self._model.pages_held_only_by([kept.sequence for kept in self._kept]) > self._most_pages:
             self._drop(self._kept[0])
 
     def clear(self) -> bool:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .common.errors import PyllamaError
-from .prefix_cache import Found, PrefixCache, common_prefix
+from .prefix_cache import PrefixCache, common_prefix
 from .speculative import Drafter
 
 Item = tuple[Any, Any, Any, str, int]  # of a step: sequence, tokens, sampler, logits wanted, n_draft
@@ -40,8 +40,8 @@ class Request:
     """One text on its way through the model. The driver writes `n_fed` and `results`; the owner reads them.
 
     `prompt`: int32 [n], n >= 1. `limit`: tokens to sample at most. With `sampler` None, every chunk's logits are
-    recorded instead. `sequence` hands in a cache to go on with: what it has in common with the prompt is not computed
-    again.
+    recorded instead. `sequence` hands in a cache to go on with, if none is found that has more in common with the
+    prompt; with `keep_sequence` the request still has its sequence when it is through.
     """
 
     def __init__(
@@ -52,13 +52,14 @@ class Request:
         limit: int = 0,
         end_ids: Collection[int] = (),
         sequence: Any = None,
+        keep_sequence: bool = False,
     ) -> None:
         self.prompt = prompt
         self.sampler = sampler
         self.limit = limit
         self.end_ids = end_ids
         self.sequence = sequence
-        self.keep_sequence = sequence is not None
+        self.keep_sequence = keep_sequence
         self.waits_for: tuple[Request, int] | None = None  # who is about to read how much of a common beginning
         self.started = False
         self.n_reused = 0  # tokens of the prompt that were in a cache already
@@ -87,15 +88,21 @@ class Request:
         return not (self.done or self.error is not None)
 
     def begin(self, model: Any) -> None:
-        """Takes or makes the sequence, and finds how much of the prompt it already holds."""
+        """Starts with what the sequence already holds of the prompt, or with a new one."""
         if self.sequence is None:
             self.sequence = model.sequence()
-        shared = common_prefix(self.sequence.tokens, self.prompt)
-        self.n_fed = self.n_reused = min(shared, len(self.prompt) - 1)  # the last token must be fed to get logits
+        self.n_fed = self.n_reused = self.n_at_hand
         self.sequence.truncate(self.n_fed)
         self.sequence.prompt_len = len(self.prompt)
         self.start_s = time.perf_counter()
         self.started = True
+
+    @property
+    def n_at_hand(self) -> int:
+        """Tokens of the prompt that the sequence holds before the start; the last one must be fed to get logits."""
+        if self.sequence is None or self.sampler is None:
+            return 0
+        return min(common_prefix(self.sequence.tokens, self.prompt), len(self.prompt) - 1)
 
     def common_prefix(self, prompt: NDArray[np.int32]) -> int:
         """Length of the beginning that this text, as far as it is known, has in common with a prompt."""
@@ -269,7 +276,7 @@ class Scheduler:
         if self._cache is None or request.error is not None or request.sampler is None or not sequence.n_past:
             sequence.close()
         else:
-            self._cache.park(sequence, [r.n_cached for r in self._requests if r.started and r.wants_step])
+            self._cache.park(sequence)
 
     def _resync(self) -> None:
         """After a step that was cut short: every sequence back to what is recorded of it."""
@@ -293,28 +300,32 @@ class Scheduler:
 
     def _begin(self, request: Request) -> None:
         """Starts a request with what is computed of its prompt, or leaves it waiting for one that is computing that."""
-        if self._cache is not None and request.sequence is None and request.sampler is not None:
+        if self._cache is not None and request.sampler is not None:
             if request.waits_for is not None and self._is_coming(*request.waits_for):
                 return
+            n_at_hand = request.n_at_hand
             running = [r for r in self._requests if r.started and r.wants_step]
             found = self._cache.find(request.prompt, running)
-            request.waits_for = self._better_soon(request, found, running)
+            request.waits_for = self._better_soon(request, max(n_at_hand, found.n), running)
             if request.waits_for is not None:
                 return
-            request.sequence = self._cache.take(found)
+            if found.n > n_at_hand:
+                replaced, request.sequence = request.sequence, self._cache.take(found)
+                if replaced is not None:
+                    self._cache.park(replaced)
         request.begin(self._model)
 
     @staticmethod
     def _is_coming(reader: Request, n: int) -> bool:
         return reader.wants_step and reader.n_cached < n
 
-    def _better_soon(self, request: Request, found: Found, running: list[Request]) -> tuple[Request, int] | None:
-        """The running request that is about to read much more of the same beginning than was found, and how much.
+    def _better_soon(self, request: Request, n_now: int, running: list[Request]) -> tuple[Request, int] | None:
+        """The running request that is about to read much more of the same beginning than there is, and how much.
 
         Who has started keeps its place until it is through and waits for nobody: nobody waits in vain or in a circle.
         """
         best = None
-        longest = found.n + self._model.PAGE_TOK - 1  # for less, waiting for a step costs more than it saves
+        longest = n_now + self._model.PAGE_TOK - 1  # for less, waiting for a step costs more than it saves
         for reader in running:
             n = min(reader.common_prefix(request.prompt), len(request.prompt) - 1)
             if n > longest and self._is_coming(reader, n):

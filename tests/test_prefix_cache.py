@@ -112,6 +112,24 @@ def test_what_cannot_be_forked() -> None:
         source.fork(0)
 
 
+def test_pages_that_some_sequences_alone_hold() -> None:
+    a, b = fed(TEXT[:130]), fed(TEXT[:10])
+    forks = [a.fork(130), a.fork(70)]
+    assert [MODEL.pages_held_only_by(some) for some in ([], [a], [b], [a, b], [a, *forks], [*forks])] == [
+        0,
+        0,
+        1,
+        1,
+        3,
+        0,
+    ]
+    a.close()
+    assert [MODEL.pages_held_only_by(some) for some in ([a], forks[:1], forks[1:], forks)] == [0, 1, 0, 3]
+    for wrong in (None, ENGINE.model(threads=1).sequence()):
+        with pytest.raises(ValueError, match="expected sequences of this model"):
+            MODEL.pages_held_only_by([wrong])
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_family_of_forks(data: st.DataObject) -> None:
@@ -497,6 +515,32 @@ def test_forks_of_stream_session_and_generate_mix(plain: LLM) -> None:
             tokens += [piece.token_id for piece in stream]
             assert tokens == plain.generate(SYSTEM + end, HOT).token_ids
         session.close()
+
+
+def test_sessions_find_beginnings_and_leave_them(plain: LLM) -> None:
+    with tiny_llm(max_seq_len=512, cache_tok=8 * PAGE) as llm:
+        model = llm._model
+        n = len(llm.tokenizer.encode(SYSTEM))
+
+        def ask(session: Any, text: str) -> int:
+            assert [p.token_id for p in session.stream(text, HOT)] == plain.generate(text, HOT).token_ids
+            return int(session.reply.output().usage.cached_tokens)
+
+        llm.generate(SYSTEM, HOT)
+        sessions = [llm.session() for _ in range(3)]
+        assert [ask(session, SYSTEM + end) for session, end in zip(sessions, "abc", strict=True)] == [n] * 3
+        assert ask(sessions[0], SYSTEM + "a") == n, "its own cache, all but the last token"
+        assert ask(sessions[0], "a very different text") <= 1
+        assert ask(sessions[1], SYSTEM + "a") == n, "what the first session has left"
+        idle = llm.session()
+        ask(idle, "w" * 400)  # as much as the cache may hold, and not its own
+        assert llm.generate(SYSTEM + "b", HOT).usage.cached_tokens >= n
+        idle.close()
+        idle.close()
+        with pytest.raises(ValueError, match="this session is closed"):
+            idle.stream("a")
+        assert model.pages_in_use > 0
+    assert model.pages_in_use == 0, "sessions that idle are closed with the LLM"
 
 
 def test_threads_share_a_beginning(plain: LLM) -> None:

@@ -78,9 +78,15 @@ class FakeModel:
 
     @property
     def pages_in_use(self) -> int:
-        """As if whatever could be shared were."""
-        texts = [s.tokens for s in self.sequences if not s.closed]
-        return len({tuple(text[: i + self.PAGE_TOK]) for text in texts for i in range(0, len(text), self.PAGE_TOK)})
+        return len(self._pages(self.sequences))
+
+    def pages_held_only_by(self, sequences: list[FakeSequence]) -> int:
+        return len(self._pages(sequences) - self._pages([s for s in self.sequences if s not in sequences]))
+
+    def _pages(self, sequences: list[FakeSequence]) -> set[tuple[int, ...]]:
+        """As if whatever could be shared were: a page is all tokens up to its last."""
+        texts = [s.tokens for s in sequences if not s.closed]
+        return {tuple(text[: i + self.PAGE_TOK]) for text in texts for i in range(0, len(text), self.PAGE_TOK)}
 
     def step(self, items: list[Any]) -> list[Any]:
         assert self._busy.acquire(blocking=False), "two steps at once"
@@ -176,18 +182,20 @@ def test_a_kept_sequence_computes_only_what_is_new() -> None:
     model = FakeModel(max_batch_tok=64)
     scheduler = Scheduler(model)
     sequence = model.sequence()
-    first = request([1, 2, 3, 4], 3, sequence=sequence)
+    first = request([1, 2, 3, 4], 3, sequence=sequence, keep_sequence=True)
     finish(scheduler, [first])
     assert not sequence.closed
     text = [1, 2, 3, 4, *tokens_of(first)[:2], 50, 51]
-    second = request(text, 3, sequence=sequence)
+    second = request(text, 3, sequence=sequence, keep_sequence=True)
     finish(scheduler, [second])
     assert tokens_of(second) == continuation(text, 3)
     assert second.n_reused == 6
-    again = request(text, 1, sequence=sequence)  # all of it is in the cache, yet one token must be fed
+    again = request(
+        text, 1, sequence=sequence, keep_sequence=True
+    )  # all of it is in the cache, yet one token must be fed
     finish(scheduler, [again])
     assert again.n_reused == len(text) - 1 and tokens_of(again) == continuation(text, 1)
-    other = request([9, 9], 2, sequence=sequence)
+    other = request([9, 9], 2, sequence=sequence, keep_sequence=True)
     finish(scheduler, [other])
     assert other.n_reused == 0 and tokens_of(other) == continuation([9, 9], 2)
 

@@ -2,6 +2,7 @@
 #include "model/sequence.h"
 
 #include <algorithm>
+#include <map>
 #include <stdexcept>
 
 #include "error.h"
@@ -64,6 +65,18 @@ int PagePool::pages_in_use() {
   return in_use_;
 }
 
+int PagePool::pages_held_only_by(const std::vector<const Sequence*>& sequences) {
+  std::map<int, int> n_holders;  // among these
+  for (const Sequence* sequence : sequences) {
+    check<std::invalid_argument>(sequence && sequence->belongs_to(*this), "expected sequences of this model");
+    for (const int page : sequence->page_list()) ++n_holders[page];
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return static_cast<int>(std::count_if(n_holders.begin(), n_holders.end(), [&](const auto& entry) {
+    return n_holders_[static_cast<size_t>(entry.first)] == entry.second;
+  }));
+}
+
 int PagePool::new_page() {
   const int page = backend_->new_page();
   const auto at = static_cast<size_t>(page);
@@ -89,6 +102,11 @@ Sequence::~Sequence() { keep_pages(0); }
 int Sequence::n_past() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return static_cast<int>(tokens_.size());
+}
+
+std::vector<int> Sequence::page_list() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return pages_;
 }
 
 std::vector<int32_t> Sequence::tokens() const {

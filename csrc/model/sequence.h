@@ -14,6 +14,8 @@
 
 namespace pyllama {
 
+class Sequence;
+
 // The backend's pages and how many sequences hold each. Pages that nobody holds any more while a step runs (another
 // thread dropped a sequence) wait until it has ended, so that a backend never sees two calls at once.
 class PagePool {
@@ -29,6 +31,7 @@ class PagePool {
   void step_begins();
   void step_ended();
   int pages_in_use();  // pages that sequences hold, each counted once, or have dropped during a step that still runs
+  int pages_held_only_by(const std::vector<const Sequence*>& sequences);  // what closing all of these would give back
 
  private:
   int new_page();
@@ -62,6 +65,8 @@ class Sequence {
   void close();
 
   bool belongs_to(const PagePool& pool) const { return pool_.get() == &pool; }
+
+  std::vector<int> page_list() const;
 
   // The three moments of a step; only forward.cpp calls them. After prepare(), pages() covers n_new more tokens, none
   // of them in a page that others hold, and the sequence refuses to change until commit(), of one token to n_new, or
