@@ -56,9 +56,13 @@ py::tuple quantize_activations(const Floats& x, const std::string& isa) {
   Floats scale({M, Kp / 32});
   py::array_t<int32_t> sum({M, Kp / 32});
   FloatEnvironment environment;
+  std::vector<cpu::XBlock> blocks(static_cast<size_t>(Kp / 32));
   for (py::ssize_t m = 0; m < M; m++) {
-    kernels_for(isa).quantize_row(x.data(m, 0), static_cast<int>(K), q.mutable_data(m, 0), scale.mutable_data(m, 0),
-                                  sum.mutable_data(m, 0));
+    kernels_for(isa).quantize_row(x.data(m, 0), static_cast<int>(K), q.mutable_data(m, 0), blocks.data());
+    for (py::ssize_t b = 0; b < Kp / 32; b++) {
+      *scale.mutable_data(m, b) = blocks[static_cast<size_t>(b)].scale;
+      *sum.mutable_data(m, b) = (cpu::kDotOrigin - blocks[static_cast<size_t>(b)].start[1]) / 128;
+    }
   }
   return py::make_tuple(q, scale, sum);
 }

@@ -54,7 +54,9 @@ def silu(x: Array) -> Array:
 
 
 def round_activations(x: Array, digits: int = 1) -> Array:
-    """int8 in -127…127 with one scale per 32 columns, as float64. x: [n_tok, K]. A second digit rounds the rest."""
+    """int8 in -127…127 with one scale of 22 bits per 32 columns, as float64. x: [n_tok, K]. A second digit rounds the
+    rest.
+    """
     if digits > 1:
         first = round_activations(x)
         return first + round_activations(x - first, digits - 1)
@@ -62,7 +64,8 @@ def round_activations(x: Array, digits: int = 1) -> Array:
     padded = np.zeros((n_tok, -(-width // 32) * 32))
     padded[:, :width] = x
     groups = padded.reshape(n_tok, -1, 32)
-    scale = np.abs(groups).max(axis=-1, keepdims=True) / 127
+    mantissa, exponent = np.frexp(np.abs(groups).max(axis=-1, keepdims=True) / 127)
+    scale = np.ldexp(np.ceil(mantissa * 2**22), exponent - 22)
     codes = np.rint(np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0))
     return (codes * scale).reshape(n_tok, -1)[:, :width]
 

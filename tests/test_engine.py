@@ -76,7 +76,7 @@ def test_quantized_logits(kind: Kind) -> None:
 
     Where a value lies within float32's error of a rounding border, one code differs by one: 1/127 of one group's
     largest activation, which may flip others behind it. Some percent of the largest logit are possible then, in few
-    texts.
+    texts. A scale rounded to the other neighbour of 22 bits moves its group by 2^-22, an f16 key by 2^-11 of it.
     """
     small = small_model(Shape(tied=True, biases=True) if kind.group == 64 else Shape(), kind)
     oracle, model = small.oracle(), small.model()
@@ -85,7 +85,7 @@ def test_quantized_logits(kind: Kind) -> None:
         tokens = random_tokens(small, 5, seed)
         expected = oracle.logits(tokens)
         errors.append(np.abs(all_logits(model, tokens) - expected).max() / np.abs(expected).max())
-    assert np.quantile(errors, 0.6) < 1e-5
+    assert np.quantile(errors, 0.6) < 2e-5
     assert max(errors) < 0.05
 
 

@@ -16,26 +16,24 @@ Activations::Activations(int max_tok, int max_columns, const Kernels& kernels, T
   const size_t padded = static_cast<size_t>(round_up(max_columns, kColumnPad)), tok = static_cast<size_t>(max_tok);
   normed_.resize(tok * padded);
   q_.resize(tok * (padded + kRowSkew));
-  scale_.resize(tok * padded / 32);
-  sum_.resize(tok * padded / 32);
+  blocks_.resize(tok * (padded / 32 + kBlockSkew));
   sum32_.resize(tok * padded / 32);
   sum64_.resize(tok * (padded / 64 + 1));
   sum128_.resize(tok * (padded / 128 + 1));
 }
 
-void sum_groups(const float* scale, const int32_t* sum, int blocks, int per_group, float* out) {
+void sum_groups(const XBlock* x, int blocks, int per_group, float* out) {
+  const auto value = [](const XBlock& b) { return static_cast<float>((kDotOrigin - b.start[0]) / 8) * b.scale; };
   for (int b = 0, g = 0; b < blocks; g++) {
-    float total = static_cast<float>(sum[b]) * scale[b];
-    b++;
-    for (int j = 1; j < per_group && b < blocks; j++, b++) total = total + static_cast<float>(sum[b]) * scale[b];
+    float total = value(x[b++]);
+    for (int j = 1; j < per_group && b < blocks; j++) total = total + value(x[b++]);
     out[g] = total;
   }
 }
 
 void Activations::sum_row_groups(int m, int group, std::vector<float>& sums) {
-  const int blocks = Kp_ / 32;
-  const int64_t row = static_cast<int64_t>(m) * blocks, groups = (K_ + group - 1) / group;
-  sum_groups(scale_.data() + row, sum_.data() + row, blocks, group / 32, sums.data() + m * groups);
+  const int64_t groups = (K_ + group - 1) / group;
+  sum_groups(blocks_.data() + m * ld_blocks_, Kp_ / 32, group / 32, sums.data() + m * groups);
 }
 
 void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps) {
@@ -51,8 +49,7 @@ void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* o
     for (int k = 0; k < K_; k++) reordered[k] = row[order[k]];
     row = reordered;
   }
-  const int64_t block = static_cast<int64_t>(m) * (Kp_ / 32);
-  kernels_.quantize_row(row, K_, q_.data() + m * ld_q_, scale_.data() + block, sum_.data() + block);
+  kernels_.quantize_row(row, K_, q_.data() + m * ld_q_, blocks_.data() + m * ld_blocks_);
 }
 
 void Activations::set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products,
@@ -63,6 +60,7 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
   K_ = K;
   Kp_ = static_cast<int>(round_up(K, kColumnPad));
   ld_q_ = Kp_ + kRowSkew;
+  ld_blocks_ = Kp_ / 32 + kBlockSkew;
   rows_ = norm ? normed_.data() : x;
   ld_rows_ = norm ? K : ldx;
   bool quantize = false;
@@ -85,7 +83,7 @@ MatmulArgs Activations::arguments(const Product& p) const {
   MatmulArgs a{};
   a.w = view(*p.w);
   a.M = M_;
-  a.xq = {q_.data(), ld_q_, scale_.data(), sum_.data(), nullptr};
+  a.xq = {q_.data(), ld_q_, blocks_.data(), ld_blocks_, nullptr};
   if (info(p.w->format).has_offset) {
     a.xq.group_sum = (p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_).data();
   }

@@ -12,12 +12,13 @@
 namespace pyllama {
 namespace cpu {
 
-constexpr int kRowSkew = 64;  // bytes between int8 rows, so that rows of 2^n columns do not share the sets of a cache
+// Between rows of int8 and of their blocks, so that rows of 2^n columns do not share the sets of a cache: 64 bytes.
+constexpr int kRowSkew = 64, kBlockSkew = 4;
 
 WeightView view(const Weight& w);
 
-// out[g] = Σ q·scale over each group of a weight, ascending from its first 32 columns; scale, sum: [blocks].
-void sum_groups(const float* scale, const int32_t* sum, int blocks, int per_group, float* out);
+// out[g] = Σ q·scale over each group of a weight, ascending from its first 32 columns; x: [blocks].
+void sum_groups(const XBlock* x, int blocks, int per_group, float* out);
 
 // One product of a group that shares its input: y[m] (+)= W·x[m] + bias.
 struct Product {
@@ -50,7 +51,7 @@ class Activations {
   const Kernels& kernels_;
   ThreadPool& pool_;
   int M_ = 0, K_ = 0, Kp_ = 0;
-  int64_t ld_q_ = 0;
+  int64_t ld_q_ = 0, ld_blocks_ = 0;
   const float* source_ = nullptr;
   int64_t ld_source_ = 0;
   const float* rows_ = nullptr;  // [M][ld_rows_]: the source, or its normed copy
@@ -59,8 +60,7 @@ class Activations {
   std::vector<float> reordered_;               // per thread [max_columns]
   std::vector<float> normed_;                  // [max_tok][max_columns]
   std::vector<int8_t> q_;                      // [M][ld_q_]
-  std::vector<float> scale_;                   // [M][Kp/32]
-  std::vector<int32_t> sum_;                   // [M][Kp/32]
+  std::vector<XBlock> blocks_;                 // [M][ld_blocks_]
   std::vector<float> sum32_, sum64_, sum128_;  // [M][ceil(K/group)] sums of q·scale
 };
 

@@ -41,8 +41,7 @@ Head::Head(const Config& config, const ModelWeights& weights, int max_rows, cons
   if (!quantized_) return;
   left_.resize(static_cast<size_t>(pool.threads()) * config.dim);
   q_.resize(rows * (w_.Kp() + kRowSkew));
-  scale_.resize(rows * w_.Kp() / 32);
-  sum_.resize(rows * w_.Kp() / 32);
+  blocks_.resize(rows * (w_.Kp() / 32 + kBlockSkew));
   if (info(w_.format).has_offset) group_sum_.resize(rows * w_.groups());
 }
 
@@ -55,13 +54,11 @@ void Head::prepare_row(const float* x, int m, float* left) {
   for (int d = 0; d < digits_; d++) {
     const int64_t r = static_cast<int64_t>(m) * digits_ + d;
     int8_t* q = q_.data() + r * (Kp + kRowSkew);
-    float* scale = scale_.data() + r * blocks;
-    kernels_.quantize_row(left, dim, q, scale, sum_.data() + r * blocks);
-    if (!group_sum_.empty()) {
-      sum_groups(scale, sum_.data() + r * blocks, blocks, w_.group / 32, group_sum_.data() + r * w_.groups());
-    }
+    XBlock* x_blocks = blocks_.data() + r * (blocks + kBlockSkew);
+    kernels_.quantize_row(left, dim, q, x_blocks);
+    if (!group_sum_.empty()) sum_groups(x_blocks, blocks, w_.group / 32, group_sum_.data() + r * w_.groups());
     for (int k = 0; d + 1 < digits_ && k < dim; k++) {
-      left[k] = std::fma(-static_cast<float>(q[k]), scale[k / 32], left[k]);
+      left[k] = std::fma(-static_cast<float>(q[k]), x_blocks[k / 32].scale, left[k]);
     }
   }
 }
@@ -79,8 +76,8 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
     a.M = count * digits_;
     a.x = normed_.data() + static_cast<int64_t>(m0) * config_.dim;
     if (quantized_) {
-      const int64_t ldq = w_.Kp() + kRowSkew;
-      a.xq = {q_.data() + row * ldq, ldq, scale_.data() + row * blocks, sum_.data() + row * blocks,
+      const int64_t ldq = w_.Kp() + kRowSkew, ldx = blocks + kBlockSkew;
+      a.xq = {q_.data() + row * ldq, ldq, blocks_.data() + row * ldx, ldx,
               group_sum_.empty() ? nullptr : group_sum_.data() + row * w_.groups()};
     }
     kernels_.matmul(a, 0, tile_end - tile_begin);

@@ -30,11 +30,10 @@ class Head {
   const Kernels& kernels_;
   ThreadPool& pool_;
   const bool quantized_;
-  const int digits_;           // int8 rows per token
-  std::vector<float> normed_;  // [max_rows][dim]
-  std::vector<int8_t> q_;      // [max_rows * digits][ld]
-  std::vector<float> scale_;   // [max_rows * digits][Kp/32]
-  std::vector<int32_t> sum_;
+  const int digits_;              // int8 rows per token
+  std::vector<float> normed_;     // [max_rows][dim]
+  std::vector<int8_t> q_;         // [max_rows * digits][ld]
+  std::vector<XBlock> blocks_;    // [max_rows * digits][ld]
   std::vector<float> group_sum_;  // [max_rows * digits][groups]; for formats with an offset
   std::vector<float> scratch_;    // per thread [kRows * digits][rows of a task]
   std::vector<float> left_;       // per thread [dim]: what a row's digits have still to express

@@ -27,6 +27,7 @@ inline VF vf_fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 inline VF vf_max(VF a, VF b) { return _mm256_max_ps(a, b); }
 inline VF vf_min(VF a, VF b) { return _mm256_min_ps(a, b); }
 inline VF vf_from_i(VI a) { return _mm256_cvtepi32_ps(a); }
+inline VF vf_bits(VI a) { return _mm256_castsi256_ps(a); }
 inline VI vf_round(VF a) { return _mm256_cvtps_epi32(a); }
 inline VF vf_exp2i(VI n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
@@ -110,6 +111,7 @@ constexpr int kTokBlock = 4;
 constexpr int kPanelBlock = 2;
 
 #endif
+constexpr int kDirectRegs = 2;  // registers of rows when there are few tokens
 constexpr int kPanelRegs = 2;
 
 }  // namespace

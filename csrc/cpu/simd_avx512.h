@@ -30,6 +30,7 @@ inline VF vf_fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 inline VF vf_max(VF a, VF b) { return _mm512_max_ps(a, b); }
 inline VF vf_min(VF a, VF b) { return _mm512_min_ps(a, b); }
 inline VF vf_from_i(VI a) { return _mm512_cvtepi32_ps(a); }
+inline VF vf_bits(VI a) { return _mm512_castsi512_ps(a); }
 inline VI vf_round(VF a) { return _mm512_cvtps_epi32(a); }
 inline VF vf_exp2i(VI n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
@@ -82,6 +83,7 @@ inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return _mm512_dpbusd_epi
 
 constexpr int kTokBlock = 8;
 constexpr int kPanelBlock = 6;
+constexpr int kDirectRegs = 2;  // registers of rows when there are few tokens
 constexpr int kPanelRegs = 2;
 
 }  // namespace

@@ -42,6 +42,7 @@ inline VF vf_fma(VF a, VF b, VF c) { PYLLAMA_EACH(VF, vfmaq_f32(c.v[i], a.v[i], 
 inline VF vf_max(VF a, VF b) { PYLLAMA_EACH(VF, vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
 inline VF vf_min(VF a, VF b) { PYLLAMA_EACH(VF, vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
 inline VF vf_from_i(VI a) { PYLLAMA_EACH(VF, vcvtq_f32_s32(a.v[i])); }
+inline VF vf_bits(VI a) { PYLLAMA_EACH(VF, vreinterpretq_f32_s32(a.v[i])); }
 inline VI vf_round(VF a) { PYLLAMA_EACH(VI, vcvtnq_s32_f32(a.v[i])); }
 inline VF vf_exp2i(VI n) {
   PYLLAMA_EACH(VF, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n.v[i], vdupq_n_s32(127)), 23)));
@@ -118,6 +119,7 @@ inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return dot_s(acc, w, a);
 
 constexpr int kTokBlock = 4;
 constexpr int kPanelBlock = 4;
+constexpr int kDirectRegs = 1;
 constexpr int kPanelRegs = 1;
 
 }  // namespace

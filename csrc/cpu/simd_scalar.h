@@ -70,6 +70,12 @@ inline VF vf_from_i(VI a) {
   PYLLAMA_LANES(i) r.v[i] = static_cast<float>(a.v[i]);
   return r;
 }
+// The float with these bits.
+inline VF vf_bits(VI a) {
+  VF r;
+  memcpy(r.v, a.v, sizeof r.v);
+  return r;
+}
 // Nearest, ties to even. Arguments are within int32.
 inline VI vf_round(VF a) {
   VI r;
@@ -180,6 +186,7 @@ inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return dot4(acc, w, a); 
 
 constexpr int kTokBlock = 4;    // tokens that share a weight register when there are few
 constexpr int kPanelBlock = 2;  // tokens × kPanelRegs accumulators when there are many
+constexpr int kDirectRegs = 1;  // registers of rows when there are few tokens
 constexpr int kPanelRegs = 1;   // registers of rows
 
 }  // namespace
