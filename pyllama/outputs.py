@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
 
@@ -71,8 +71,7 @@ class TokenLogprobs:
     top: tuple[Logprob, ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One step of a stream. Exactly one per token; `text` is empty while a character or a stop string is incomplete."""
 
     text: str

@@ -121,15 +121,20 @@ class Request:
         """Tokens that a draft may have: the one sampled after the last of them is within the limit."""
         return self.limit - len(self.results) - 1
 
-    def next_tokens(self, room: int) -> NDArray[np.int32]:
-        """What to feed in this step: the last sampled token, or a chunk of the prompt of at most `room` tokens."""
+    def next_item(self, room: int, draft: Sequence[int] = ()) -> Item:
+        """Its part of the next step: the last sampled token and a draft, or at most `room` tokens of the prompt."""
         if self.decoding:
-            self._next_token[0] = self.results[-1].token
-            return self._next_token
-        if self.sampler is None:
-            room = min(room, _LOGITS_CHUNK_TOK)
+            token = self.results[-1].token
+            if draft:
+                return self.sequence, [token, *draft], self.sampler, "none", len(draft)
+            self._next_token[0] = token
+            return self.sequence, self._next_token, self.sampler, "none", 0
         start = self.n_cached
-        return self.prompt[start : start + room]
+        if self.sampler is None:
+            return self.sequence, self.prompt[start : start + min(room, _LOGITS_CHUNK_TOK)], None, "all", 0
+        chunk = self.prompt[start : start + room]
+        is_last = start + len(chunk) == len(self.prompt)
+        return self.sequence, chunk, self.sampler if is_last else None, "none", 0
 
     def settle(self, n_tok: int, n_draft: int, result: Any, now: float) -> None:
         """Records a step's outcome by exactly one atomic change of what `n_cached` counts."""
@@ -287,16 +292,19 @@ class Scheduler:
                     request.sequence.truncate(request.n_cached)
         self._dirty = False
 
-    def _choose(self) -> list[Request]:
-        """The requests that take part in the next step; those that are new are begun."""
-        chosen = [r for r in self._requests if r.wants_step][: self._max_sequences]
-        for request in chosen:
+    def _choose(self) -> tuple[list[Request], list[Request]]:
+        """Who takes part in the next step: those that decode, and those that read their prompts. New ones are begun."""
+        decoding: list[Request] = []
+        reading: list[Request] = []
+        for request in self._requests[: self._max_sequences]:
             if not request.started:
                 try:
                     self._begin(request)
                 except Exception as error:  # no memory for its tokens, say: that is its own misfortune
                     request.error = error
-        return [r for r in chosen if r.wants_step and r.started]
+            if request.started and request.wants_step:
+                (decoding if request.decoding else reading).append(request)
+        return decoding, reading
 
     def _begin(self, request: Request) -> None:
         """Starts a request with what is computed of its prompt, or leaves it waiting for one that is computing that."""
@@ -335,30 +343,27 @@ class Scheduler:
 
     def _plan(self) -> tuple[list[Request], list[Item]]:
         """Lays out the next step: a token of every decoding request, then chunks of prompts in order of arrival."""
-        chosen = self._choose()
+        decoding, reading = self._choose()
+        drafts = {} if self._drafter is None else self._drafts(decoding, reading)
         room = self._max_batch_tok
         members: list[Request] = []
         items: list[Item] = []
-        drafts = self._drafts(chosen) if self._drafter is not None else {}
-        for request in sorted(chosen, key=lambda r: not r.decoding):
+        for request in decoding + reading:
             if room <= 0:
                 break
-            tokens: Any = request.next_tokens(room)
-            draft = drafts.get(request, ())
-            if draft:
-                tokens = [request.results[-1].token, *draft]
-            room -= len(tokens)
+            item = request.next_item(room, drafts.get(request, ()))
+            room -= len(item[1])
             members.append(request)
-            items.append((request.sequence, tokens, *self._wanted(request, len(tokens)), len(draft)))
+            items.append(item)
         return members, items
 
-    def _drafts(self, chosen: list[Request]) -> dict[Request, list[int]]:
+    def _drafts(self, decoding: list[Request], reading: list[Request]) -> dict[Request, list[int]]:
         """What to guess, in rows that nobody else needs. A guess stops before a token that would end the text."""
         assert self._drafter is not None
         drafts: dict[Request, list[int]] = {}
-        n_other = sum(len(r.prompt) - r.n_cached for r in chosen if not r.decoding)
-        room = self._max_batch_tok - n_other - sum(r.decoding for r in chosen)
-        able = [r for r in chosen if r.decoding and r.may_draft]
+        n_other = sum(len(r.prompt) - r.n_cached for r in reading)
+        room = self._max_batch_tok - n_other - len(decoding)
+        able = [r for r in decoding if r.may_draft]
         if room <= 0 or not able:
             return drafts
         for request, draft in zip(able, self._drafter.draft(able, n_other, room), strict=True):
@@ -367,20 +372,15 @@ class Scheduler:
             room -= len(drafts[request])
         return drafts
 
-    @staticmethod
-    def _wanted(request: Request, n_tok: int) -> tuple[Any, str]:
-        if request.sampler is None:
-            return None, "all"
-        last = request.decoding or request.n_cached + n_tok == len(request.prompt)
-        return (request.sampler if last else None), "none"
-
     def _step(self) -> None:
         if self._closed:
             self._fail_all(PyllamaError("the LLM was closed while this request was running"))
         if self._dirty:
             self._resync()
-        if any(not r.wants_step for r in self._requests):
-            self._purge()
+        for request in self._requests:
+            if request.done or request.error is not None:
+                self._purge()
+                break
         members, items = self._plan()
         if not items:
             return
