@@ -117,6 +117,7 @@ Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, con
   c.n_heads = static_cast<int>(q.shape(1));
   c.n_kv_heads = static_cast<int>(k.shape(1));
   c.head_dim = static_cast<int>(q.shape(2));
+  c.n_layers = 1;
   const int n_tok = static_cast<int>(q.shape(0)), keys = static_cast<int>(k.shape(0));
   need(k.shape(2) == c.head_dim && v.shape(0) == keys && v.shape(1) == c.n_kv_heads && v.shape(2) == c.head_dim,
        "k and v must agree with q");
@@ -129,22 +130,21 @@ Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, con
   FloatEnvironment environment;
   const cpu::Kernels& kernels = kernels_for(isa);
   ThreadPool pool(std::max(1, threads));
-  const int64_t head = static_cast<int64_t>(kPageTok) * c.head_dim, half_page = head * c.n_kv_heads;
-  const int n_pages = (keys + kPageTok - 1) / kPageTok;
-  std::vector<std::vector<uint16_t>> storage(static_cast<size_t>(n_pages));
-  std::vector<uint16_t*> pages;
+  cpu::Attention attention(c, kernels, pool);
+  const cpu::PageLayout& layout = attention.layout();
+  std::vector<std::vector<uint8_t>> storage(static_cast<size_t>((keys + kPageTok - 1) / kPageTok));
+  std::vector<uint8_t*> pages;
   std::vector<int> ids;
-  for (auto& s : storage) {
-    s.resize(static_cast<size_t>(2 * half_page));
+  for (auto& page : storage) {
+    page.resize(static_cast<size_t>(layout.page_bytes));
     ids.push_back(static_cast<int>(pages.size()));
-    pages.push_back(s.data());
+    pages.push_back(page.data());
   }
   for (int t = 0; t < keys; t++) {
     for (int h = 0; h < c.n_kv_heads; h++) {
       const int64_t at = (static_cast<int64_t>(t) * c.n_kv_heads + h) * c.head_dim;
-      uint16_t* page = pages[static_cast<size_t>(t / kPageTok)];
-      kernels.append_kv(k_data + at, v_data + at, c.head_dim, page + h * head, page + half_page + h * head,
-                        t % kPageTok);
+      uint8_t* block = pages[static_cast<size_t>(t / kPageTok)] + layout.head_offset(0, h);
+      kernels.append_kv(k_data + at, v_data + at, c.head_dim, block, block + layout.value_offset, t % kPageTok);
     }
   }
   const Span span{0, n_tok, pos, ids.data()};
@@ -152,9 +152,8 @@ Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, con
   step.n_tok = n_tok;
   step.n_spans = 1;
   step.spans = &span;
-  cpu::Attention attention(c, kernels, pool);
   attention.plan(step);
-  attention.run({&pages, 0, half_page, head}, q_data, o_data);
+  attention.run(0, pages.data(), q_data, o_data);
   return o;
 }
 

@@ -312,6 +312,10 @@ SHAPES = [  # n_tok, pos, n_heads, n_kv_heads, head_dim
     (2, 1500, 12, 1, 64),
     (33, 500, 8, 2, 128),
     (1, 1030, 3, 3, 6),
+    (2, 100, 5, 1, 80),  # 10 rows: blocks of 6 and 4
+    (7, 90, 3, 3, 96),  # 7 rows, made even
+    (130, 450, 1, 1, 24),  # two tiles of rows, the second sees one split more
+    (40, 1000, 8, 1, 48),  # 320 rows over three splits
 ]
 
 
@@ -329,8 +333,27 @@ def test_attention(shape: tuple[int, int, int, int, int]) -> None:
     for isa in ISAS:
         for threads in (1, 2, 3):
             assert same(ops.attention(q, k, v, pos, isa=isa, threads=threads), first), (isa, threads)
-    # The last query alone gives the bits that it gave among the others.
+    # Queries give the bits among others that they give in a step of their own.
     assert same(ops.attention(q[-1:], k, v, pos + n_tok - 1), first[-1:])
+    half = n_tok // 2
+    if half:
+        assert same(ops.attention(q[:half], k[: pos + half], v[: pos + half], pos, threads=2), first[:half])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n_tok", [1, 5], ids=["few rows", "many rows"])
+def test_attention_does_not_hide_what_is_not_a_number(isa: str, bad: float, n_tok: int) -> None:
+    rng = np.random.default_rng(10)
+    for position in (0, 69):
+        for which in range(3):
+            q = rng.standard_normal((n_tok, 2, 16)).astype(np.float32)
+            k, v = rng.standard_normal((2, 70 + n_tok, 1, 16)).astype(np.float32)
+            (q if which == 0 else k if which == 1 else v)[0 if which == 0 else position, 0, 3] = bad
+            o = ops.attention(q, k, v, 70, isa=isa)
+            touched = o[0, 0] if which == 0 else o if which == 1 else o[:, :, 3]
+            assert not np.isfinite(touched).any(), (position, which)
+            assert np.isfinite(o[:, 1] if which == 0 else o[:, :, 4:] if which == 2 else 0).all(), (position, which)
 
 
 def test_attention_with_huge_scores_and_values() -> None:

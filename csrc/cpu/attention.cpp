@@ -9,45 +9,80 @@ namespace cpu {
 static_assert(kPageTok == 64, "kernels_attention.inc counts on pages of 64");
 static_assert(kSplitTok % kPageTok == 0, "a split is whole pages");
 
-Attention::Attention(const Config& config, const Kernels& kernels, ThreadPool& pool)
-    : config_(config),
-      kernels_(kernels),
-      pool_(pool),
-      group_(config.n_heads / config.n_kv_heads),
-      wide_(static_cast<int>(round_up(config.head_dim, 16))) {}
+namespace {
 
-void Attention::plan(const Step& step) {
-  step_ = &step;
+// Tiles below this many a thread are cut along the keys too, so that threads finish together.
+constexpr int kTilesPerThread = 8;
+constexpr int kMinTileRows = 24;
+// Splits run apart only while their results stay below this: 32 MB of floats.
+constexpr int64_t kMaxPartials = int64_t{8} << 20;
+
+// Kernels work on blocks of even size.
+int made_even(int rows) { return rows + rows % 2; }
+
+}  // namespace
+
+PageLayout::PageLayout(const Config& config)
+    : n_kv_heads(config.n_kv_heads), wide(static_cast<int>(round_up(config.head_dim, 16))) {
+  value_offset = static_cast<int64_t>(kPageTok) * config.head_dim * 2;
+  head_bytes = value_offset + static_cast<int64_t>(kPageTok) * wide * 2;
+  page_bytes = head_offset(config.n_layers, 0);
+}
+
+Attention::Attention(const Config& config, const Kernels& kernels, ThreadPool& pool)
+    : config_(config), kernels_(kernels), pool_(pool), layout_(config), group_(config.n_heads / config.n_kv_heads) {}
+
+void Attention::cut(const Step& step, int tile_rows) {
   tiles_.clear();
-  tasks_.clear();
-  max_splits_ = 1;
-  int64_t slots = 0;
   for (int s = 0; s < step.n_spans; s++) {
-    const Span& span = step.spans[s];
-    const int rows = span.n_tok * group_;
+    const int rows = step.spans[s].n_tok * group_;
     for (int h = 0; h < config_.n_kv_heads; h++) {
-      for (int row = 0; row < rows; row += kMaxQueryRows) {
-        const int n = std::min(kMaxQueryRows, rows - row);
-        const int last = span.pos + (row + n - 1) / group_ + 1;  // keys that the last row sees
-        const int splits = (last + kSplitTok - 1) / kSplitTok;
-        tiles_.push_back({s, h, row, n, splits, slots});
-        slots += splits;
-        max_splits_ = std::max(max_splits_, splits);
+      for (int row = 0; row < rows; row += tile_rows) {
+        Tile tile{s, h, row, std::min(tile_rows, rows - row), 0, 0};
+        tile.splits = (row_limit(tile, tile.rows - 1) + kSplitTok - 1) / kSplitTok;
+        tiles_.push_back(tile);
       }
     }
   }
-  // Few tiles over many keys, as in decoding: the splits of one tile go to different threads.
-  apart_ = max_splits_ > 1 && pool_.threads() > 1 && static_cast<int>(tiles_.size()) < 8 * pool_.threads();
-  for (int t = 0; t < static_cast<int>(tiles_.size()); t++) {
-    if (apart_) {
-      for (int split = 0; split < tiles_[static_cast<size_t>(t)].splits; split++) tasks_.emplace_back(t, split);
-    } else {
-      tasks_.emplace_back(t, -1);
-    }
+  // Long ones first, so that no thread starts one when the others are done.
+  std::stable_sort(tiles_.begin(), tiles_.end(), [&](const Tile& a, const Tile& b) {
+    return static_cast<int64_t>(a.rows) * row_limit(a, a.rows - 1) >
+           static_cast<int64_t>(b.rows) * row_limit(b, b.rows - 1);
+  });
+}
+
+void Attention::plan(const Step& step) {
+  step_ = &step;
+  const int threads = pool_.threads();
+  const int64_t all_rows = static_cast<int64_t>(step.n_tok) * config_.n_heads;
+  const int64_t share = all_rows / (4 * threads) / 12 * 12;
+  cut(step, static_cast<int>(std::clamp<int64_t>(share, kMinTileRows, kMaxQueryRows)));
+  int64_t splits = 0;
+  int most_splits = 1, most_rows = 1;
+  for (Tile& tile : tiles_) {
+    tile.slot = splits;
+    splits += tile.splits;
+    most_splits = std::max(most_splits, tile.splits);
+    most_rows = std::max(most_rows, tile.rows);
   }
-  if (!apart_) slots = static_cast<int64_t>(max_splits_) * pool_.threads();
-  stats_.resize(static_cast<size_t>(slots * 2 * kMaxQueryRows));
-  outs_.resize(static_cast<size_t>(slots * kMaxQueryRows * wide_));
+  slot_rows_ = made_even(most_rows);
+  const int64_t slot_size = static_cast<int64_t>(slot_rows_) * (layout_.wide + 2);
+  const int n_tiles = static_cast<int>(tiles_.size());
+  apart_ = most_splits > 1 && threads > 1 && n_tiles < kTilesPerThread * threads && splits * slot_size <= kMaxPartials;
+  tasks_.clear();
+  for (int t = 0; t < n_tiles; t++) {
+    const int n = apart_ ? tiles_[static_cast<size_t>(t)].splits : 0;
+    for (int split = 0; split < n; split++) tasks_.push_back({t, split});
+    if (!apart_) tasks_.push_back({t, -1});
+  }
+  partials_.resize(static_cast<size_t>(slot_size * (apart_ ? splits : threads)));
+  scratch_size_ = static_cast<size_t>(slot_rows_) * static_cast<size_t>(config_.head_dim) +
+                  attend_scratch(slot_rows_, config_.head_dim, layout_.wide);
+  scratch_.resize(scratch_size_ * static_cast<size_t>(threads));
+  if (apart_ && n_unfinished_ < tiles_.size()) {
+    unfinished_ = std::make_unique<std::atomic<int>[]>(tiles_.size());
+    n_unfinished_ = tiles_.size();
+  }
 }
 
 int Attention::row_tok(const Tile& tile, int r) const { return (tile.first_row + r) / group_; }
@@ -58,77 +93,78 @@ int64_t Attention::row_offset(const Tile& tile, int r) const {
   return (tok * config_.n_heads + head) * config_.head_dim;
 }
 
-AttendArgs Attention::arguments(const Tile& tile, const float* q) const {
-  AttendArgs a{};
-  a.rows = tile.rows;
-  for (int r = 0; r < tile.rows; r++) {
-    a.q[r] = q + row_offset(tile, r);
-    a.limit[r] = step_->spans[tile.span].pos + row_tok(tile, r) + 1;
-  }
-  const int64_t first = first_page_[static_cast<size_t>(tile.span) * config_.n_kv_heads + tile.kv_head];
-  a.k_pages = k_pages_.data() + first;
-  a.v_pages = v_pages_.data() + first;
-  a.head_dim = config_.head_dim;
-  a.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
-  return a;
+int Attention::row_limit(const Tile& tile, int r) const { return step_->spans[tile.span].pos + row_tok(tile, r) + 1; }
+
+Attention::Partial Attention::partial(int64_t slot) {
+  const int64_t rows = slot_rows_;
+  float* max = partials_.data() + slot * rows * (layout_.wide + 2);
+  return {max, max + rows, max + 2 * rows};
 }
 
-void Attention::attend(const Tile& tile, AttendArgs& a, int split, float* stats, float* outs) {
-  a.key_begin = split * kSplitTok;
-  a.key_end = std::min(a.limit[tile.rows - 1], a.key_begin + kSplitTok);
-  a.max = stats;
-  a.sum = stats + kMaxQueryRows;
-  a.out = outs;
+void Attention::attend(const Tile& tile, int split, const Partial& result, int thread) {
+  float* scratch = scratch_.data() + scratch_size_ * static_cast<size_t>(thread);
+  const int rows = made_even(tile.rows);
+  int limit[kMaxQueryRows];
+  for (int r = 0; r < rows; r++) {
+    const bool real = r < tile.rows;
+    limit[r] = row_limit(tile, real ? r : tile.rows - 1);
+    float* q = scratch + static_cast<int64_t>(r) * config_.head_dim;
+    if (real) {
+      std::copy_n(q_ + row_offset(tile, r), config_.head_dim, q);
+    } else {
+      std::fill_n(q, config_.head_dim, 0.0f);
+    }
+  }
+  AttendArgs a{};
+  a.rows = tile.rows;
+  a.q = scratch;
+  a.limit = limit;
+  a.key_begin = std::max(split, 0) * kSplitTok;
+  a.key_end = limit[rows - 1];
+  if (split >= 0) a.key_end = std::min(a.key_end, a.key_begin + kSplitTok);
+  a.pages = pages_;
+  a.page_ids = step_->spans[tile.span].pages;
+  a.head_offset = layout_.head_offset(layer_, tile.kv_head);
+  a.head_bytes = layout_.head_bytes;
+  a.value_offset = layout_.value_offset;
+  a.head_dim = config_.head_dim;
+  a.wide = layout_.wide;
+  a.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+  a.max = result.max;
+  a.sum = result.sum;
+  a.out = result.out;
+  a.scratch = scratch + static_cast<int64_t>(slot_rows_) * config_.head_dim;
   kernels_.attend(a);
 }
 
-void Attention::combine(const Tile& tile, const AttendArgs& a, const float* stats, const float* outs, float* o) {
+// Slots of a tile lie behind one another; n_slots 1 when the splits are folded already.
+void Attention::combine(const Tile& tile, const Partial& first, int n_slots, float* o) {
+  const int64_t stride = static_cast<int64_t>(slot_rows_) * (layout_.wide + 2);
   for (int r = 0; r < tile.rows; r++) {
-    const int splits = (a.limit[r] + kSplitTok - 1) / kSplitTok;  // a row leaves out splits it sees nothing of
-    float* out = o + row_offset(tile, r);
-    kernels_.combine(stats + r, 2 * kMaxQueryRows, stats + kMaxQueryRows + r, outs + static_cast<int64_t>(r) * wide_,
-                     static_cast<int64_t>(kMaxQueryRows) * wide_, splits, config_.head_dim, out);
+    const int seen = (row_limit(tile, r) + kSplitTok - 1) / kSplitTok;  // a row leaves out splits it sees nothing of
+    kernels_.combine(first.max + r, first.sum + r, first.out + static_cast<int64_t>(r) * layout_.wide, stride,
+                     std::min(n_slots, seen), config_.head_dim, o + row_offset(tile, r));
   }
 }
 
-void Attention::run(const Pages& pages, const float* q, float* o) {
-  k_pages_.clear();
-  v_pages_.clear();
-  first_page_.clear();
-  for (int s = 0; s < step_->n_spans; s++) {
-    const Span& span = step_->spans[s];
-    const int n_pages = (span.pos + span.n_tok + kPageTok - 1) / kPageTok;
-    for (int h = 0; h < config_.n_kv_heads; h++) {
-      first_page_.push_back(static_cast<int64_t>(k_pages_.size()));
-      for (int p = 0; p < n_pages; p++) {
-        const uint16_t* page = (*pages.pages)[static_cast<size_t>(span.pages[p])];
-        k_pages_.push_back(page + pages.key_offset + h * pages.head_stride);
-        v_pages_.push_back(page + pages.value_offset + h * pages.head_stride);
-      }
-    }
+void Attention::run(int layer, const uint8_t* const* pages, const float* q, float* o) {
+  layer_ = layer;
+  pages_ = pages;
+  q_ = q;
+  if (apart_) {
+    for (size_t t = 0; t < tiles_.size(); t++) unfinished_[t].store(tiles_[t].splits, std::memory_order_relaxed);
   }
-  const int64_t stat_size = 2 * kMaxQueryRows, out_size = static_cast<int64_t>(kMaxQueryRows) * wide_;
   pool_.run(static_cast<int>(tasks_.size()), [&](int task, int thread) {
-    const Tile& tile = tiles_[static_cast<size_t>(tasks_[static_cast<size_t>(task)].first)];
-    AttendArgs a = arguments(tile, q);
-    if (apart_) {
-      const int split = tasks_[static_cast<size_t>(task)].second;
-      const int64_t slot = tile.scratch + split;
-      attend(tile, a, split, stats_.data() + slot * stat_size, outs_.data() + slot * out_size);
-      return;
+    const Task& job = tasks_[static_cast<size_t>(task)];
+    const Tile& tile = tiles_[static_cast<size_t>(job.tile)];
+    const bool whole = job.split < 0;
+    attend(tile, job.split, partial(whole ? thread : tile.slot + job.split), thread);
+    // Whoever finishes a tile's last split combines them: no second region.
+    if (whole) {
+      combine(tile, partial(thread), 1, o);
+    } else if (unfinished_[static_cast<size_t>(job.tile)].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      combine(tile, partial(tile.slot), tile.splits, o);
     }
-    float* stats = stats_.data() + static_cast<int64_t>(thread) * max_splits_ * stat_size;
-    float* outs = outs_.data() + static_cast<int64_t>(thread) * max_splits_ * out_size;
-    for (int split = 0; split < tile.splits; split++) {
-      attend(tile, a, split, stats + split * stat_size, outs + split * out_size);
-    }
-    combine(tile, a, stats, outs, o);
-  });
-  if (!apart_) return;
-  pool_.run(static_cast<int>(tiles_.size()), [&](int t, int) {
-    const Tile& tile = tiles_[static_cast<size_t>(t)];
-    combine(tile, arguments(tile, q), stats_.data() + tile.scratch * stat_size, outs_.data() + tile.scratch * out_size,
-            o);
   });
 }
 

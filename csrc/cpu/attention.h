@@ -1,8 +1,10 @@
-// Attention of one layer over the key/value pages: cuts the rows of a step into tiles of rows that share a key/value
-// head, runs them over fixed splits of the keys, combines in ascending order. The result does not depend on how tiles
+// Attention of one layer over the key/value pages: where keys and values lie in a page, how the rows of a step are cut
+// into tiles that share a key/value head, and which thread takes which keys. The result does not depend on how tiles
 // and splits fall to threads.
 #pragma once
 
+#include <atomic>
+#include <memory>
 #include <vector>
 
 #include "../backend.h"
@@ -12,46 +14,70 @@
 namespace pyllama {
 namespace cpu {
 
+// A page holds, for each layer and key/value head, a block: the head's keys, then its values.
+struct PageLayout {
+  explicit PageLayout(const Config& config);
+  int64_t head_offset(int layer, int head) const {
+    return (static_cast<int64_t>(layer) * n_kv_heads + head) * head_bytes;
+  }
+
+  int n_kv_heads;
+  int wide;              // head_dim rounded up to 16: what a row of values takes
+  int64_t value_offset;  // of the values within a block
+  int64_t head_bytes;    // one block
+  int64_t page_bytes;
+};
+
 class Attention {
  public:
   Attention(const Config& config, const Kernels& kernels, ThreadPool& pool);
 
+  const PageLayout& layout() const { return layout_; }
   // Cuts the step; once per step.
   void plan(const Step& step);
-  // q, o: [n_tok][q_dim]. keys(page), values(page): the layer's part of a page, all heads.
-  struct Pages {
-    const std::vector<uint16_t*>* pages;  // by page id
-    int64_t key_offset, value_offset;     // of this layer, in halves
-    int64_t head_stride;                  // halves of one head in either
-  };
-  void run(const Pages& pages, const float* q, float* o);
+  // pages by id; q, o: [n_tok][q_dim]
+  void run(int layer, const uint8_t* const* pages, const float* q, float* o);
 
  private:
   struct Tile {
     int span, kv_head, first_row, rows;  // rows count (token, head of the group), token-major
     int splits;
-    int64_t scratch;  // index of its first split in the scratch, when splits run apart
+    int64_t slot;  // of its first split's results, when splits run apart
   };
+  struct Task {
+    int tile, split;  // split -1: all of them
+  };
+  // Results that are not yet divided: of a tile's rows, maxima and sums, and what their values add up to.
+  struct Partial {
+    float *max, *sum, *out;
+  };
+  void cut(const Step& step, int tile_rows);
   int row_tok(const Tile& tile, int r) const;         // token of row r within the tile's span
   int64_t row_offset(const Tile& tile, int r) const;  // of row r's head in q and o
-  AttendArgs arguments(const Tile& tile, const float* q) const;
-  void attend(const Tile& tile, AttendArgs& a, int split, float* stats, float* outs);
-  void combine(const Tile& tile, const AttendArgs& a, const float* stats, const float* outs, float* o);
+  int row_limit(const Tile& tile, int r) const;       // keys that row r sees
+  Partial partial(int64_t slot);
+  void attend(const Tile& tile, int split, const Partial& result, int thread);
+  void combine(const Tile& tile, const Partial& first, int n_slots, float* o);
 
   const Config& config_;
   const Kernels& kernels_;
   ThreadPool& pool_;
+  const PageLayout layout_;
+  const int group_;  // query heads that share a key/value head
   const Step* step_ = nullptr;
   std::vector<Tile> tiles_;
-  std::vector<std::pair<int, int>> tasks_;  // (tile, split) when splits run apart, else (tile, -1)
+  std::vector<Task> tasks_;
   bool apart_ = false;
-  int max_splits_ = 0;
-  const int group_;                  // query heads that share a key/value head
-  int wide_;                         // head_dim rounded up to 16
-  std::vector<float> stats_, outs_;  // [slot][2][kMaxQueryRows], [slot][kMaxQueryRows][wide]
-  // Page addresses of the running layer per span and head: [span][kv_head][page] keys, then values.
-  std::vector<const uint16_t*> k_pages_, v_pages_;
-  std::vector<int64_t> first_page_;  // of (span, kv_head) in those
+  int slot_rows_ = 0;            // rows that a slot has room for
+  std::vector<float> partials_;  // [slot][slot_rows_·(2 + wide)]; a slot for each split or each thread
+  std::vector<float> scratch_;   // [thread][scratch_size_]: a tile's q, then the kernel's
+  size_t scratch_size_ = 0;
+  std::unique_ptr<std::atomic<int>[]> unfinished_;  // splits of a tile that are still to come
+  size_t n_unfinished_ = 0;
+  // Of the running layer.
+  int layer_ = 0;
+  const uint8_t* const* pages_ = nullptr;
+  const float* q_ = nullptr;
 };
 
 }  // namespace cpu

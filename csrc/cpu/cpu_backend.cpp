@@ -46,13 +46,13 @@ class CpuBackend final : public Backend {
   }
 
   ~CpuBackend() override {
-    for (uint16_t* page : pages_) free_zeroed(page, page_bytes());
+    for (uint8_t* page : pages_) free_zeroed(page, page_bytes());
   }
 
   const char* name() const override { return kernels_.isa; }
   int max_batch_tok() const override { return max_batch_tok_; }
 
-  size_t page_bytes() const override { return page_halves() * sizeof(uint16_t); }
+  size_t page_bytes() const override { return static_cast<size_t>(attention_.layout().page_bytes); }
 
   int new_page() override {
     if (!free_pages_.empty()) {
@@ -62,7 +62,7 @@ class CpuBackend final : public Backend {
     }
     pages_.reserve(pages_.size() + 1);
     free_pages_.reserve(pages_.size() + 1);  // so that free_page cannot throw
-    pages_.push_back(static_cast<uint16_t*>(alloc_zeroed(page_bytes())));
+    pages_.push_back(static_cast<uint8_t*>(alloc_zeroed(page_bytes())));
     return static_cast<int>(pages_.size()) - 1;
   }
   void free_page(int page) override { free_pages_.push_back(page); }
@@ -106,10 +106,7 @@ class CpuBackend final : public Backend {
     pool_.run(step_->n_tok, [&](int t, int) { rotate_and_append(layer, t); });
   }
 
-  void attention(int layer) override {
-    attention_.run({&pages_, layer_offset(layer), layer_offset(layer) + c_.n_kv_heads * head_halves(), head_halves()},
-                   q_.data(), o_.data());
-  }
+  void attention(int layer) override { attention_.run(layer, pages_.data(), q_.data(), o_.data()); }
 
   void attention_out(int layer) override {
     add_to_residual(w_.layers[static_cast<size_t>(layer)].wo, o_.data(), c_.q_dim());
@@ -161,11 +158,6 @@ class CpuBackend final : public Backend {
  private:
   static const float* bias(const Weight& w) { return w.N ? w.vector() : nullptr; }
 
-  // A page: for each layer the keys of all heads, then the values of all heads, in halves.
-  int64_t head_halves() const { return static_cast<int64_t>(kPageTok) * c_.head_dim; }
-  int64_t layer_offset(int layer) const { return layer * 2 * c_.n_kv_heads * head_halves(); }
-  size_t page_halves() const { return static_cast<size_t>(layer_offset(c_.n_layers)); }
-
   void add_to_residual(const Weight& w, const float* in, int columns) {
     const Product product{&w, x_.data(), c_.dim, nullptr, true};
     in_.set(in, columns, step_->n_tok, columns, nullptr, 0, &product, 1);
@@ -187,13 +179,14 @@ class CpuBackend final : public Backend {
     }
     const Span& span = span_of(t);
     const int pos = step_->pos[t];
-    uint16_t* page = pages_[static_cast<size_t>(span.pages[pos / kPageTok])] + layer_offset(layer);
+    const PageLayout& layout = attention_.layout();
+    uint8_t* page = pages_[static_cast<size_t>(span.pages[pos / kPageTok])];
     for (int h = 0; h < c_.n_kv_heads; h++) {
       float* k = k_.data() + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
       const float* v = v_.data() + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
       kernels_.rope(k, cos, sin, c_.head_dim);
-      kernels_.append_kv(k, v, c_.head_dim, page + h * head_halves(), page + (c_.n_kv_heads + h) * head_halves(),
-                         pos % kPageTok);
+      uint8_t* block = page + layout.head_offset(layer, h);
+      kernels_.append_kv(k, v, c_.head_dim, block, block + layout.value_offset, pos % kPageTok);
     }
   }
 
@@ -217,7 +210,7 @@ class CpuBackend final : public Backend {
   std::vector<float> x_, q_, k_, v_, o_, gate_, up_, h_;  // [max_batch_tok][their width]
   std::vector<float> cos_, sin_;                          // [max_batch_tok][head_dim/2]
   std::vector<float> logits_;                             // [n_out][vocab_size]
-  std::vector<uint16_t*> pages_;
+  std::vector<uint8_t*> pages_;
   std::vector<int> free_pages_;
 };
 

@@ -11,9 +11,9 @@
 namespace pyllama {
 namespace cpu {
 
-constexpr int kKeyBlock = 16;     // keys interleaved in a page: one vector lane each
-constexpr int kSplitTok = 512;    // keys of one attention split; partial results are combined in ascending order
-constexpr int kMaxQueryRows = 8;  // (token, head) rows that share one read of keys and values
+constexpr int kKeyBlock = 16;      // keys interleaved in a page: one vector lane each
+constexpr int kSplitTok = 512;     // keys of one attention split; partial results are combined in ascending order
+constexpr int kMaxQueryRows = 96;  // (token, head) rows that share one read of keys and values; even
 
 // What 32 columns of a token bring into a product beside their int8 values.
 struct XBlock {
@@ -58,20 +58,30 @@ struct MatmulArgs {
   bool accumulate;  // y += instead of y =
 };
 
-// Attention of up to kMaxQueryRows rows, which share a key/value head, over the keys [key_begin, key_end) of one split.
+// Attention of up to kMaxQueryRows rows, which share a key/value head, over the keys [key_begin, key_end). Results are
+// not yet divided by the sum; those of several splits are combined in ascending order.
 struct AttendArgs {
   int rows;
-  const float* q[kMaxQueryRows];   // [head_dim] each
-  int limit[kMaxQueryRows];        // row r sees keys at positions < limit[r]
-  int key_begin, key_end;          // absolute; key_begin is a multiple of kSplitTok, key_end - key_begin <= kSplitTok
-  const uint16_t* const* k_pages;  // [page of the sequence] → f16 [kPageTok/16][head_dim][16]
-  const uint16_t* const* v_pages;  // [page of the sequence] → f16 [kPageTok][head_dim]
-  int head_dim;
+  const float* q;          // [rows][head_dim], zeros up to an even number of rows
+  const int* limit;        // [rows, made even] row r sees keys at positions < limit[r]; ascending, at most key_end
+  int key_begin, key_end;  // absolute; key_begin is a multiple of kSplitTok
+  // Of a page id: keys of this head as f16 [kPageTok/16][head_dim][16] from head_offset on, then at value_offset values
+  // as f16 [kPageTok][wide].
+  const uint8_t* const* pages;
+  const int* page_ids;  // [page of the sequence]
+  int64_t head_offset, head_bytes, value_offset;
+  int head_dim, wide;  // wide: head_dim rounded up to 16
   float scale;
-  float* max;  // [rows] running maximum of this split's scores
-  float* sum;  // [rows] Σ exp(score - max)
-  float* out;  // [rows][round_up(head_dim, 16)] Σ exp(score - max)·v
+  float* max;      // [rows, made even] maximum of the scores
+  float* sum;      // [rows, made even] Σ exp(score - max)
+  float* out;      // [rows, made even][wide] Σ exp(score - max)·v
+  float* scratch;  // attend_scratch() floats
 };
+
+// Floats of scratch that attend() needs.
+static inline size_t attend_scratch(int rows, int head_dim, int wide) {
+  return static_cast<size_t>(64) * (head_dim + wide) + static_cast<size_t>(rows + 1) * wide;
+}
 
 struct Kernels {
   const char* isa;
@@ -85,11 +95,12 @@ struct Kernels {
   // h[i] = silu(gate[i]) · up[i]
   void (*swiglu)(const float* gate, const float* up, int n, float* h);
   void (*attend)(const AttendArgs& a);
-  // Combines split results in ascending order: out [head_dim] = Σ / Σ. maxes, sums [n_splits]; outs [n_splits][ld]
-  void (*combine)(const float* maxes, int64_t ld_stat, const float* sums, const float* outs, int64_t ld, int n_splits,
-                  int head_dim, float* out);
-  // One token's keys and values of one head into page slots.
-  void (*append_kv)(const float* k, const float* v, int head_dim, uint16_t* k_page, uint16_t* v_page, int slot);
+  // One row's results of n_splits splits, `stride` floats apart, combined in ascending order and divided: out
+  // [head_dim].
+  void (*combine)(const float* max, const float* sum, const float* outs, int64_t stride, int n_splits, int head_dim,
+                  float* out);
+  // One token's keys and values of one head into slot 0 … kPageTok - 1 of where they lie in a page (see AttendArgs).
+  void (*append_kv)(const float* k, const float* v, int head_dim, uint8_t* k_block, uint8_t* v_block, int slot);
   void (*exp)(const float* x, int n, float* y);
   uint64_t (*read_stream)(const uint8_t* data, size_t size_bytes);
   // Runs `rounds` of independent dot products in registers; returns the operations done, and something to keep in

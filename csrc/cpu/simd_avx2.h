@@ -26,6 +26,16 @@ inline VF vf_div(VF a, VF b) { return _mm256_div_ps(a, b); }
 inline VF vf_fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 inline VF vf_max(VF a, VF b) { return _mm256_max_ps(a, b); }
 inline VF vf_min(VF a, VF b) { return _mm256_min_ps(a, b); }
+inline float vf_fold_sum(VF a) {
+  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+inline float vf_fold_max(VF a) {
+  const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
 inline VF vf_from_i(VI a) { return _mm256_cvtepi32_ps(a); }
 inline VF vf_bits(VI a) { return _mm256_castsi256_ps(a); }
 inline VI vf_round(VF a) { return _mm256_cvtps_epi32(a); }
@@ -113,5 +123,7 @@ constexpr int kPanelBlock = 2;
 #endif
 constexpr int kDirectRegs = 2;  // registers of rows when there are few tokens
 constexpr int kPanelRegs = 2;
+constexpr int kBlockRegs = 2;
+constexpr int kFewAccs = 12;
 
 }  // namespace

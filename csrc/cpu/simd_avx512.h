@@ -29,6 +29,18 @@ inline VF vf_div(VF a, VF b) { return _mm512_div_ps(a, b); }
 inline VF vf_fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 inline VF vf_max(VF a, VF b) { return _mm512_max_ps(a, b); }
 inline VF vf_min(VF a, VF b) { return _mm512_min_ps(a, b); }
+inline float vf_fold_sum(VF a) {
+  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+inline float vf_fold_max(VF a) {
+  const __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  const __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
 inline VF vf_from_i(VI a) { return _mm512_cvtepi32_ps(a); }
 inline VF vf_bits(VI a) { return _mm512_castsi512_ps(a); }
 inline VI vf_round(VF a) { return _mm512_cvtps_epi32(a); }
@@ -85,5 +97,7 @@ constexpr int kTokBlock = 8;
 constexpr int kPanelBlock = 6;
 constexpr int kDirectRegs = 2;  // registers of rows when there are few tokens
 constexpr int kPanelRegs = 2;
+constexpr int kBlockRegs = 4;
+constexpr int kFewAccs = 16;
 
 }  // namespace

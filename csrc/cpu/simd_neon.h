@@ -41,6 +41,19 @@ inline VF vf_fma(VF a, VF b, VF c) { PYLLAMA_EACH(VF, vfmaq_f32(c.v[i], a.v[i], 
 // fmax and fmin would return NaN where one operand is NaN; the definition returns the second.
 inline VF vf_max(VF a, VF b) { PYLLAMA_EACH(VF, vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
 inline VF vf_min(VF a, VF b) { PYLLAMA_EACH(VF, vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
+inline float vf_fold_sum(VF a) {
+  const float32x4_t b = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+  const float32x2_t c = vadd_f32(vget_low_f32(b), vget_high_f32(b));
+  return vget_lane_f32(c, 0) + vget_lane_f32(c, 1);
+}
+inline float vf_fold_max(VF a) {
+  float v[kLanes];
+  vf_store(v, a);
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; i++) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
+  }
+  return v[0];
+}
 inline VF vf_from_i(VI a) { PYLLAMA_EACH(VF, vcvtq_f32_s32(a.v[i])); }
 inline VF vf_bits(VI a) { PYLLAMA_EACH(VF, vreinterpretq_f32_s32(a.v[i])); }
 inline VI vf_round(VF a) { PYLLAMA_EACH(VI, vcvtnq_s32_f32(a.v[i])); }
@@ -121,5 +134,7 @@ constexpr int kTokBlock = 4;
 constexpr int kPanelBlock = 4;
 constexpr int kDirectRegs = 1;
 constexpr int kPanelRegs = 1;
+constexpr int kBlockRegs = 1;
+constexpr int kFewAccs = 4;
 
 }  // namespace

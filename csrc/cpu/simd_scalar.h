@@ -65,6 +65,19 @@ inline VF vf_min(VF a, VF b) {
   PYLLAMA_LANES(i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
   return a;
 }
+// All lanes to one: lanes i and i + kLanes/2 first, then halves of that, down to lanes 0 and 1.
+inline float vf_fold_sum(VF a) {
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; i++) a.v[i] = a.v[i] + a.v[i + n];
+  }
+  return a.v[0];
+}
+inline float vf_fold_max(VF a) {
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; i++) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
+  }
+  return a.v[0];
+}
 inline VF vf_from_i(VI a) {
   VF r;
   PYLLAMA_LANES(i) r.v[i] = static_cast<float>(a.v[i]);
@@ -188,5 +201,7 @@ constexpr int kTokBlock = 4;    // tokens that share a weight register when ther
 constexpr int kPanelBlock = 2;  // tokens × kPanelRegs accumulators when there are many
 constexpr int kDirectRegs = 1;  // registers of rows when there are few tokens
 constexpr int kPanelRegs = 1;   // registers of rows
+constexpr int kBlockRegs = 1;   // attention: registers beside 6 rows of accumulators when there are many rows
+constexpr int kFewAccs = 4;     // attention: accumulators when there are few
 
 }  // namespace
