@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .common.errors import ContextLengthError, DeviceError, PyllamaError
+from .draft_model import open_drafter
 from .native import load_native
 from .open import OpenedModel, open_model
 from .outputs import Piece, RequestOutput
@@ -21,7 +22,7 @@ from .prefix_cache import default_cache_tok
 from .reply import Reply
 from .sampling import SamplingParams, build_params
 from .scheduler import Request, Scheduler
-from .speculative import LookupDrafter
+from .speculative import Drafter, LookupDrafter
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -38,8 +39,11 @@ class LLM:
     "demo". `device`: "auto" or "cpu". `n_ctx`: tokens of prompt and reply together, by default all that the model was
     made for. `threads`: by default one per physical core that this process may use. `mmap=False` reads the weights
     instead of mapping them (a mapped file must not shrink while it is used). `format`: what a foreign checkpoint is
-    converted to. `speculative="lookup"` guesses tokens from earlier places of the same text and verifies several per
-    step: the same replies, in fewer steps where they repeat what they were given.
+    converted to.
+
+    `speculative="lookup"` guesses tokens from earlier places of the same text, `draft` (another path) names a smaller
+    model with the same vocabulary that guesses; either way several guesses are verified per step: the same replies to
+    the last bit, in fewer steps where guesses come true.
 
     `enable_prefix_caching`: a prompt that begins like an earlier one, or like one beside it, is computed only from
     where they part; results are the same. For that, keys and values of up to `prefix_cache_tokens` tokens stay in
@@ -61,15 +65,18 @@ class LLM:
         enable_prefix_caching: bool = True,
         prefix_cache_tokens: int | None = None,
         speculative: str | None = None,
+        draft: str | PathLike[str] | None = None,
     ) -> None:
         _check_device(device)
-        _check_speculative(speculative)
+        _check_speculative(speculative, draft)
         _check_count("n_ctx", n_ctx)
         _check_count("threads", threads)
         _check_count("prefix_cache_tokens", prefix_cache_tokens)
         load_native()
         cache = prefix_cache_tokens if enable_prefix_caching else 0
-        self._start(open_model(path, mmap=mmap, format=format), n_ctx, threads, cache, speculative)
+        opened = open_model(path, mmap=mmap, format=format)
+        guide = open_model(draft, mmap=mmap) if draft is not None else None
+        self._start(opened, n_ctx, threads, cache, speculative, guide)
 
     @classmethod
     def _from_opened(
@@ -79,11 +86,12 @@ class LLM:
         threads: int | None = None,
         cache_tok: int | None = None,
         speculative: str | None = None,
+        draft: OpenedModel | None = None,
         **options: Any,
     ) -> LLM:
         """For tests: a model that lies in memory. `cache_tok` 0: no prefix cache. `options` go to `_C.Model`."""
         llm = cls.__new__(cls)
-        llm._start(opened, n_ctx, threads, cache_tok, speculative, **options)
+        llm._start(opened, n_ctx, threads, cache_tok, speculative, draft, **options)
         return llm
 
     def _start(
@@ -93,6 +101,7 @@ class LLM:
         threads: int | None,
         cache_tok: int | None,
         speculative: str | None,
+        draft: OpenedModel | None,
         **options: Any,
     ) -> None:
         longest = int(opened.config["max_seq_len"])
@@ -111,7 +120,9 @@ class LLM:
         self.threads = int(self._model.threads)
         self.isa = str(self._model.isa)
         cache_tok = default_cache_tok(self._model, self.n_ctx) if cache_tok is None else cache_tok
-        drafter = LookupDrafter() if speculative == "lookup" else None
+        drafter: Drafter | None = LookupDrafter() if speculative == "lookup" else None
+        if draft is not None:
+            drafter = open_drafter(draft, opened, self.n_ctx, self.threads)
         self._scheduler = Scheduler(self._model, cache_tok=cache_tok, drafter=drafter)
         self._sessions: WeakSet[Session] = WeakSet()
         self._end_ids = frozenset(opened.end_ids)
@@ -372,9 +383,11 @@ def _check_device(device: str) -> None:
         raise ValueError(f'device={device!r}: expected "auto", "cpu" or "cuda"')
 
 
-def _check_speculative(speculative: str | None) -> None:
+def _check_speculative(speculative: str | None, draft: str | PathLike[str] | None) -> None:
     if speculative not in (None, "lookup"):
         raise ValueError(f'speculative={speculative!r}: expected "lookup" or None')
+    if speculative is not None and draft is not None:
+        raise ValueError(f"speculative={speculative!r} and draft={str(draft)!r}: give one of them, both guess tokens")
 
 
 def _check_count(name: str, value: int | None) -> None:

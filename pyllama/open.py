@@ -48,6 +48,12 @@ class OpenedModel:
         """Tokens that end a reply; the tokenizer knows those of its files and of generation_config.json."""
         return frozenset(self.config["eos_token_ids"]) | frozenset(self.tokenizer.eos_ids)
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step reads: all of them, but of embeddings only those that are the head too."""
+        skipped = () if self.config["tied_embeddings"] else ("tok_embeddings",)
+        return sum(weight.nbytes for name, weight in self.weights.items() if name not in skipped)
+
     def native_config(self, n_ctx: int) -> dict[str, Any]:
         """The config in the engine's words, for contexts of at most `n_ctx` tokens."""
         frequencies, factor = inv_freq(self.config)

@@ -117,6 +117,17 @@ class Request:
         return self.sampler is not None and bool(self.results)
 
     @property
+    def n_tok(self) -> int:
+        """Tokens of prompt and reply."""
+        return len(self.prompt) + len(self.results)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Those tokens of prompt and reply, as far as they are known."""
+        n = len(self.prompt)
+        prompt: list[int] = self.prompt[start:end].tolist() if start < n else []
+        return prompt + [result.token for result in self.results[max(start - n, 0) : max(end - n, 0)]]
+
+    @property
     def room_for_draft(self) -> int:
         """Tokens that a draft may have: the one sampled after the last of them is within the limit."""
         return self.limit - len(self.results) - 1
@@ -216,7 +227,7 @@ class Scheduler:
             self._purge()
             if self._cache is not None:
                 self._cache.clear()
-            self._model = None
+            self._model = self._drafter = None
 
         self.run_alone(shut)
 

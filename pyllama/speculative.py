@@ -27,7 +27,7 @@ _ROW_COST_BEYOND = 0.2
 # Shares of guesses that come true, before anything is known, by the length of what matched (1, 2, 3, 4…7, 8…15, 16…).
 _PRIOR_CHANCES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9)
 _PRIOR_WEIGHT = 3.0  # tries that the prior counts for
-_MEMORY_TOK = 48.0  # older tries fade
+_MEMORY_TOK = 48.0  # tries that are remembered
 
 
 def row_cost(row: int) -> float:
@@ -51,16 +51,17 @@ class Budget:
         self._row = n_sure + n_other
         self._room = room
 
-    def take(self, chances: Iterable[float], most: int) -> int:
+    def take(self, chances: Iterable[float], most: int, extra: float = 0.0) -> int:
         """How many tokens to draft for one request, `most` at most.
 
-        `chances`: the chance of each drafted token, given that those before it are right. A token is worth its row when
-        the chance that it counts, by its price, is above what the step gives for its cost so far.
+        `chances`: the chance of each drafted token, given that those before it are right. `extra`: what drafting it
+        costs beside its row, in steps of one row. A token is worth its price when the chance that it counts, by its
+        price, is above what the step gives for its cost so far.
         """
         n, reached = 0, 1.0
         for chance in chances:
             reached *= chance
-            price = row_cost(self._row)
+            price = row_cost(self._row) + extra
             if n >= most or not self._room or reached * self._cost <= price * self._gain:
                 break
             self._gain += reached
@@ -71,12 +72,25 @@ class Budget:
         return n
 
 
+class Rate:
+    """How often guesses came true, of late: a mean that begins as `value`, as if seen in `tries` tries."""
+
+    def __init__(self, value: float, tries: float, memory: float) -> None:
+        self.value = value
+        self._tries = tries
+        self._memory = memory  # tries that count; older ones fade
+
+    def learn(self, hit: bool) -> None:
+        """One more try."""
+        self._tries = min(self._tries + 1.0, self._memory)
+        self.value += (hit - self.value) / self._tries
+
+
 class Chances:
     """How often guesses came true, by the length of what they rest on; learned from all guesses, fed or not."""
 
     def __init__(self) -> None:
-        self._rates = list(_PRIOR_CHANCES)
-        self._tries = [_PRIOR_WEIGHT] * len(_PRIOR_CHANCES)
+        self._rates = [Rate(chance, _PRIOR_WEIGHT, _MEMORY_TOK) for chance in _PRIOR_CHANCES]
 
     @staticmethod
     def _place(length: int) -> int:
@@ -84,14 +98,12 @@ class Chances:
 
     def learn(self, length: int, hit: bool) -> None:
         """A guess that rested on `length` matching tokens was right, or not."""
-        i = self._place(length)
-        self._tries[i] = tries = min(self._tries[i] + 1.0, _MEMORY_TOK)
-        self._rates[i] += (hit - self._rates[i]) / tries
+        self._rates[self._place(length)].learn(hit)
 
     def following(self, length: int) -> Iterator[float]:
         """The chances of the first guess after `length` matching tokens, of the next, and so on."""
         for n in range(length, length + MAX_DRAFT_TOK):
-            yield self._rates[self._place(n)]
+            yield self._rates[self._place(n)].value
 
 
 class Lookup:
@@ -172,12 +184,11 @@ class LookupDrafter:
 
     @staticmethod
     def _of(request: Request) -> Lookup:
-        n = len(request.prompt)
         if request.drafting is None:
             request.drafting = Lookup(request.prompt.tolist())
         lookup: Lookup = request.drafting
-        for result in request.results[len(lookup) - n :]:
-            lookup.push(result.token)
+        for token in request.tokens(len(lookup), request.n_tok):
+            lookup.push(token)
         return lookup
 
     def forget(self, request: Request) -> None:

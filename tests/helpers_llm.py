@@ -35,8 +35,29 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return decode(self.table, ids, skip_special)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.table.pieces[token_id]
+
     def stream(self, skip_special: bool = True) -> StreamDecoder:
         return StreamDecoder(self.table, skip_special)
+
+
+def tiny_model(
+    *,
+    kind: Kind | None = None,
+    generation_config: dict[str, Any] | None = None,
+    max_seq_len: int = 256,
+    vocab_size: int = VOCAB,
+    eos: list[int] | None = None,
+    seed: int = 5,
+) -> OpenedModel:
+    """A random model of two layers over bytes. `eos`: the config's; the tokenizer's own is EOS."""
+    shape = Shape(
+        dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16, vocab_size=vocab_size, max_seq_len=max_seq_len
+    )
+    made = small_model(shape, kind or Kind("q8", 32), seed=seed)
+    config = made.config | {"rope_theta": 10000.0, "rope_scaling": None, "eos_token_ids": eos or []}
+    return OpenedModel(Path("tiny"), config, made.weights, ByteTokenizer(), None, generation_config or {})
 
 
 def tiny_llm(
@@ -48,11 +69,6 @@ def tiny_llm(
     eos: list[int] | None = None,
     **options: Any,
 ) -> LLM:
-    """A random model of two layers over bytes. `eos`: the config's; the tokenizer's own is EOS."""
-    shape = Shape(
-        dim=32, hidden_dim=48, n_heads=2, n_kv_heads=1, head_dim=16, vocab_size=VOCAB, max_seq_len=max_seq_len
-    )
-    made = small_model(shape, kind or Kind("q8", 32), seed=5)
-    config = made.config | {"rope_theta": 10000.0, "rope_scaling": None, "eos_token_ids": eos or []}
-    opened = OpenedModel(Path("tiny"), config, made.weights, ByteTokenizer(), None, generation_config or {})
+    """`tiny_model` as an LLM; `options` are those of `LLM._from_opened`."""
+    opened = tiny_model(kind=kind, generation_config=generation_config, max_seq_len=max_seq_len, eos=eos)
     return LLM._from_opened(opened, n_ctx, 1, **options)

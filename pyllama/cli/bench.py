@@ -117,6 +117,7 @@ class Bench:
         self._native = load_native()
         self._config = opened.config
         self._weights = opened.weights
+        self._step_bytes = opened.step_bytes
         self._label = label
         self._parallel = parallel
         self._n_ctx = int(opened.config["max_seq_len"])
@@ -190,15 +191,10 @@ class Bench:
         if test.n_gen and self._bandwidth:
             steps_per_s = tok_per_s / self._parallel
             cache = self._parallel * self._cache_bytes(test.n_depth + test.n_gen / 2)
-            return {"bandwidth_share": steps_per_s * (self._step_bytes() + cache) / self._bandwidth}
+            return {"bandwidth_share": steps_per_s * (self._step_bytes + cache) / self._bandwidth}
         if test.n_prompt and self._peak and all(weight.format.startswith("q") for weight in self._layer_matrices()):
             return {"peak_share": tok_per_s * self._ops_per_tok() / self._peak}
         return {}
-
-    def _step_bytes(self) -> int:
-        """Bytes of weights that one step reads: all matrices, but of embeddings only when they are the head too."""
-        skipped = () if self._config["tied_embeddings"] else ("tok_embeddings",)
-        return sum(weight.nbytes for name, weight in self._weights.items() if name not in skipped)
 
     def _cache_bytes(self, n_tok: float) -> float:
         config = self._config

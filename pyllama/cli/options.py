@@ -36,6 +36,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculative", choices=("lookup",), help="guess what repeats the text so far: same replies, often faster"
     )
+    parser.add_argument("--draft", metavar="MODEL", help="a small model with the same vocabulary that guesses ahead")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -81,4 +82,5 @@ def open_llm(arguments: argparse.Namespace) -> LLM:
         threads=arguments.threads,
         mmap=not arguments.no_mmap,
         speculative=arguments.speculative,
+        draft=arguments.draft,
     )

@@ -1,0 +1,217 @@
+"""A draft model changes nothing but the number of steps, whatever it guesses and whatever goes wrong in it; it follows
+the text through wrong guesses, long prompts and Ctrl-C, and its memory goes when the request goes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllama import LLM, SamplingParams
+from pyllama.draft_model import DraftModel
+from pyllama.scheduler import Scheduler
+from pyllama.speculative import Budget
+
+from .helpers_llm import FIRST_BYTE, VOCAB, tiny_llm, tiny_model
+from .helpers_models import Kind, native_weight, random_packed
+from .test_scheduler import FakeModel, continuation, finish, request, tokens_of
+from .test_speculative import CHOICES, InterruptedAfter, told
+
+CHEAP = 0.1  # as if the draft model were a tenth of the model
+
+
+def guided(draft: Any, price: float = CHEAP, **options: Any) -> LLM:
+    """The tiny model with a draft model of any size, taken for a small one."""
+    llm = tiny_llm(draft=draft, **options)
+    drafter_of(llm)._price = price
+    return llm
+
+
+def drafter_of(llm: LLM) -> DraftModel:
+    drafter = llm._scheduler._drafter
+    assert isinstance(drafter, DraftModel)
+    return drafter
+
+
+@pytest.mark.parametrize("seed", [5, 6], ids=["a good draft model", "a useless one"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_outputs_are_those_of_plain_decoding(name: str, seed: int) -> None:
+    options = CHOICES[name] | {"max_tokens": 60, "ignore_eos": True}
+    with tiny_llm() as plain, guided(tiny_model(seed=seed)) as llm:
+        for prompt in ("abcabcabc", "x"):
+            out = llm.generate(prompt, **options)
+            assert told(out) == told(plain.generate(prompt, **options))
+            assert out.timings.draft_n > 0
+            if seed == 5:  # the same numbers and the same random numbers: all of it comes true
+                assert out.timings.draft_n_accepted == out.timings.draft_n > 45
+        assert drafter_of(llm)._model.pages_in_use == 0
+
+
+def test_ends_and_limits() -> None:
+    with tiny_llm() as plain, guided(tiny_model()) as llm:
+        options: dict[str, Any] = {"temperature": 0.7, "seed": 2, "ignore_eos": True}
+        whole = plain.generate("hello", max_tokens=40, **options)
+        for n in range(1, 12):
+            assert told(llm.generate("hello", max_tokens=n, **options)) == told(
+                plain.generate("hello", max_tokens=n, **options)
+            )
+        for token in whole.token_ids[::5]:
+            end = {"stop_token_ids": [token]}
+            assert told(llm.generate("hello", **options, **end)) == told(plain.generate("hello", **options, **end))
+        stop = whole.text[9:12]
+        assert list(llm.stream("hello", stop=stop, **options)) == list(plain.stream("hello", stop=stop, **options))
+
+
+def test_many_at_once_and_conversations() -> None:
+    prompts = ["abab" * i + "c" for i in range(9)]
+    params = [SamplingParams(**(list(CHOICES.values())[i % 5] | {"max_tokens": 20 + i})) for i in range(9)]
+    with tiny_llm() as plain, guided(tiny_model(), max_batch_tok=24) as llm:
+        expected = [told(out) for out in plain.generate(prompts, params)]
+        assert [told(out) for out in llm.generate(prompts, params)] == expected
+        for model in (plain, llm):
+            session = model.session()
+            for text in ("abcabcabc", "abcabcabcdef", "ab"):
+                assert list(session.stream(text, temperature=0, max_tokens=20))
+                assert session.reply is not None
+                told_now = told(session.reply.output())
+                assert told_now == told(plain.generate(text, temperature=0, max_tokens=20))
+            session.close()
+        assert drafter_of(llm)._model.pages_in_use == 0
+
+
+def test_guessing_ends_where_the_draft_models_context_does() -> None:
+    with tiny_llm() as plain, guided(tiny_model(max_seq_len=64)) as llm:
+        out = llm.generate("ab", temperature=0, max_tokens=200, ignore_eos=True)
+        assert told(out) == told(plain.generate("ab", temperature=0, max_tokens=200, ignore_eos=True))
+        assert 30 < out.timings.draft_n <= 64
+        long = "abc" * 30  # beyond it from the start
+        out = llm.generate(long, temperature=0, max_tokens=9, ignore_eos=True)
+        assert out.timings.draft_n == 0 and told(out) == told(
+            plain.generate(long, temperature=0, max_tokens=9, ignore_eos=True)
+        )
+
+
+def test_a_long_prompt_is_read_in_parts() -> None:
+    """The draft model takes 5 tokens per step: until it is up to date the model writes without it."""
+    guide, model = FakeModel(5), FakeModel(64)
+    made = request(list(range(40)), 30)
+    finish(Scheduler(model, drafter=DraftModel(guide, 1000, CHEAP)), [made])
+    assert tokens_of(made) == continuation(list(range(40)), 30)
+    assert [n for [(n, _)] in guide.batches[:9]] == [5] * 9 and made.n_accepted == made.n_drafted > 10
+
+
+def broken_model() -> Any:
+    """Its embedding of byte "z" is not a number."""
+    opened = tiny_model(kind=Kind("f32"))
+    spec = Kind("f32").spec("tok_embeddings", (VOCAB, 32))
+    packed = random_packed(spec, np.random.default_rng(0))
+    packed.codes[FIRST_BYTE + ord("z")] = np.nan
+    return replace(opened, weights=opened.weights | {"tok_embeddings": native_weight(spec, packed)})
+
+
+def test_a_draft_model_that_breaks_ends_the_guessing_with_one_warning() -> None:
+    with tiny_llm() as plain, guided(broken_model()) as llm:
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
+        prompts = ["abc", "xyz"]
+        with pytest.warns(RuntimeWarning, match="stops guessing for a request: logits are not finite") as seen:
+            outs = llm.generate(prompts, **options)
+            llm.generate("zz", **options)
+        assert len(seen) == 1
+        assert [told(out) for out in outs] == [told(out) for out in plain.generate(prompts, **options)]
+        assert [out.timings.draft_n > 0 for out in outs] == [True, False]
+        assert drafter_of(llm)._model.pages_in_use == 0
+
+
+def test_no_memory_for_the_draft_model() -> None:
+    class Poor(FakeModel):
+        def sequence(self) -> Any:
+            if len(self.sequences) == 1:
+                raise MemoryError
+            return super().sequence()
+
+    made = [request([1, 2], 9), request([3], 9)]
+    with warnings.catch_warnings(record=True):
+        finish(Scheduler(FakeModel(64), drafter=DraftModel(Poor(64), 1000, CHEAP)), made)
+    assert [tokens_of(r) for r in made] == [continuation([1, 2], 9), continuation([3], 9)]
+    assert [r.may_draft for r in made] == [True, False] and made[0].n_accepted == made[0].n_drafted > 3
+
+
+class Forgetful(FakeModel):
+    """A draft model that is wrong after every fourth token."""
+
+    def step(self, items: list[Any]) -> list[Any]:
+        results = super().step(items)
+        for result, (sequence, *_) in zip(results, items, strict=True):
+            if len(sequence.tokens) % 4 == 0 and result.samples:
+                result.token = result.samples[0].token = (result.token + 1) % 97
+        return results
+
+
+@pytest.mark.parametrize("kind", [FakeModel, Forgetful])
+def test_an_interrupt_at_any_line_loses_and_repeats_nothing(kind: type[FakeModel]) -> None:
+    n_lines = 0
+    for n in range(0, 4000, 3):
+        guide = kind(5)
+        scheduler = Scheduler(FakeModel(max_batch_tok=24), drafter=DraftModel(guide, 40, CHEAP))
+        others = [request(prompt, 9) for prompt in ([1, 2] * 4, [7])]
+        scheduler.submit(others)
+        interrupt = InterruptedAfter(n)
+        try:
+            with interrupt:
+                finish(scheduler, [request([1], 9)])
+        except KeyboardInterrupt:
+            n_lines = n
+        scheduler.advance(lambda others=others: not any(r.wants_step for r in others))  # type: ignore[misc]
+        scheduler.release(others)
+        assert [tokens_of(other) for other in others] == [continuation([1, 2] * 4, 9), continuation([7], 9)]
+        scheduler.close()
+        if interrupt.left >= 0:
+            break
+    assert n_lines > 100 and interrupt.left >= 0, "not all lines were reached"
+
+
+def test_useless_guesses_become_rare() -> None:
+    """A draft model that is always wrong costs a few hundredths of the steps, and is asked again later."""
+
+    class Wrong(FakeModel):
+        def step(self, items: list[Any]) -> list[Any]:
+            results = super().step(items)
+            for result in results:
+                result.token = (result.token + 1) % 97
+            return results
+
+    guide, model, n = Wrong(64), FakeModel(64), 600
+    made = request([1], n)
+    finish(Scheduler(model, drafter=DraftModel(guide, 10**6, 0.2)), [made])
+    assert tokens_of(made) == continuation([1], n) and made.n_accepted == 0
+    assert len(model.batches) == n and 4 < made.n_drafted < 25
+    assert 0.2 * len(guide.batches) + 0.1 * made.n_drafted < 0.03 * n
+
+
+def test_a_draft_model_as_dear_as_the_model_is_not_asked() -> None:
+    with tiny_llm(draft=tiny_model()) as llm:
+        assert drafter_of(llm)._price == 1.0
+        assert llm.generate("abc", max_tokens=30).timings.draft_n == 0
+    assert Budget(1, 0, 99).take(repeat(0.9), 16, 0.1) > 3 > Budget(1, 0, 99).take(repeat(0.9), 16, 0.6)
+
+
+@pytest.mark.parametrize("other", ["size", "piece"])
+def test_another_vocabulary_is_refused(other: str) -> None:
+    draft = tiny_model(vocab_size=VOCAB + (other == "size"))
+    if other == "piece":
+        draft.tokenizer.table.pieces[70] = b"??"
+        expected = r"draft='tiny': token 70 is b'\?\?', the model's b'D'; a draft model must have the vocabulary"
+    else:
+        expected = f"draft='tiny': {VOCAB + 1} tokens, the model has {VOCAB}; a draft model must have the vocabulary"
+    with pytest.raises(ValueError, match=expected):
+        tiny_llm(draft=draft)
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match="give one of them"):
+        LLM("nowhere", speculative="lookup", draft="elsewhere")
