@@ -543,16 +543,47 @@ def test_bench_json(capsys: Captured) -> None:
         assert record["model_n_params"] == 134_515_008
         assert record["model_size"] == pytest.approx(134.5e6 * 8.5 / 8, rel=0.001)
         assert record["n_depth"] == 64
+        assert record["bandwidth_share"] == pytest.approx(record["gb_per_s"] / record["read_gb_per_s"])
+        assert record["peak_share"] == pytest.approx(record["gop_per_s"] / record["int8_gop_per_s"])
     assert [(record["n_prompt"], record["n_gen"]) for record in records] == [(4, 0), (8, 0), (0, 2)]
-    assert 0 < records[2]["bandwidth_share"] < 3 and 0 < records[0]["peak_share"] < 1
+    four, _, parallel = records
+    cache_per_tok = 2 * 30 * 3 * 64 * 2  # keys and values, layers, heads, their size, bytes of f16
+    # Four tokens are one step after 64; two steps of three sequences have 65 and 66 in the cache.
+    step_bytes = four["model_size"] + 68 * cache_per_tok
+    assert four["gb_per_s"] == pytest.approx(four["avg_ts"] / 4 * step_bytes / 1e9)
+    step_bytes = parallel["model_size"] + 3 * 65.5 * cache_per_tok
+    assert parallel["gb_per_s"] == pytest.approx(parallel["avg_ts"] / 3 * step_bytes / 1e9)
+    layer_macs = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)
+    assert four["gop_per_s"] == pytest.approx(four["avg_ts"] * 2 * layer_macs / 1e9)
+
+
+def test_bench_feeds_the_cache_once_and_steps_as_asked(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[list[int]] = []
+
+    native = load_native()
+
+    class Watched(native.Model):
+        def step(self, batch: Any) -> Any:
+            steps.append([len(tokens) for _, tokens, _, _ in batch])
+            return super().step(batch)
+
+    monkeypatch.setattr(native, "Model", Watched)
+    argv = ["bench", "--synthetic", "tiny", "-t", "1", "-r", "2", "-b", "16", "-d", "20"]
+    assert main([*argv, "-p", "4", "-n", "0"]) == 0
+    assert steps == [[16], [4], [4], [4], [4]]  # the depth in chunks, a run to warm up, two that count
+    steps.clear()
+    assert main([*argv, "-p", "0", "-n", "2", "--parallel", "3"]) == 0
+    assert steps == 3 * [[16], [4]] + 6 * [[1, 1, 1]]
+    assert "| tg2 @ d20 |" in capsys.readouterr().out
 
 
 def test_bench_table_of_a_file(gguf: Path, capsys: Captured) -> None:
     assert main(["bench", str(gguf), "-p", "8", "-n", "3", "-r", "1", "-t", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[0].startswith("| model | size | params | threads")
-    assert "| pp8 |" in lines[2] and "% of int8 peak" in lines[2]
-    assert "| tg3 |" in lines[3] and "% of read bandwidth" in lines[3]
+    share = r"\d+(\.\d)?, \d+ % of \d+"
+    assert re.search(rf"\| pp8 \| .* \| {share} \| {share} \|$", lines[2])
+    assert re.search(rf"\| tg3 \| .* \| {share} \| {share} \|$", lines[3])
     assert main(["bench", str(gguf), "-p", "1000"]) == 1
     assert "needs a context of 1000 tokens, the model has 128" in capsys.readouterr().err
 

@@ -1,8 +1,8 @@
 """`pyllama bench`: tokens per second in prompts and in decoding, of a model or of a random one of known shape.
 
-Tests and JSON fields are llama-bench's, so that results stand side by side. Beside tokens per second stands the share
-of what the machine can do, measured in the same run: of its read bandwidth when decoding, of its int8 peak in a
-prompt.
+Tests and JSON fields are llama-bench's, so that results stand side by side. Beside tokens per second stand the bytes
+that were read and the operations that were done per second, as far as the work cannot do without them, and their shares
+of what the machine reached in the same run: of its read bandwidth and of its int8 peak.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="prompt tokens per step")
     parser.add_argument("--parallel", type=positive, default=1, metavar="N", help="decode N sequences at once")
-    parser.add_argument("--synthetic", metavar="SHAPE", help="a random model: 135m, 1b, 7b or 8b")
+    parser.add_argument("--synthetic", metavar="SHAPE", help="a random model: 135m, 1b, 7b, 8b or tiny")
     parser.add_argument("--format", metavar="FORMAT", help="with --synthetic: the weights' format (default q4)")
     parser.add_argument("--group-size", type=int, metavar="N", help="with --synthetic: 32 (default), 64 or 128")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md")
@@ -125,20 +125,17 @@ class Bench:
         self._model = self._native.Model(config, opened.weights, threads=threads, max_batch_tok=max(n_batch, parallel))
         self._n_batch = n_batch
         self._sampler = self._native.Sampler(temperature=0.0)
-        self._bandwidth = self._probe("read_bandwidth") * 1e9
-        self._peak = self._probe("int8_peak", self._model.isa) * 1e9
-
-    def _probe(self, name: str, *arguments: Any) -> float:
-        """What the machine reaches at best, 0 where this build cannot measure it."""
-        probe = getattr(self._native, name, None)
-        return float(probe(self._model.threads, _PROBE_S, *arguments)) if probe else 0.0
+        self._floors = {
+            "read_gb_per_s": float(self._native.read_bandwidth(self._model.threads, _PROBE_S)),
+            "int8_gop_per_s": float(self._native.int8_peak(self._model.threads, _PROBE_S, self._model.isa)),
+        }
 
     def measure(self, test: Test, repetitions: int) -> dict[str, Any]:
         """One record, after one run to warm up. Raises ValueError when the test does not fit in the context."""
         n_tok = test.n_depth + max(test.n_prompt, test.n_gen)
         if n_tok > self._n_ctx:
             raise ValueError(f"{test.name} needs a context of {n_tok} tokens, the model has {self._n_ctx}")
-        samples = [self._once(test) for _ in range(repetitions + 1)][1:]
+        samples = self._samples(test, repetitions)
         mean = statistics.fmean(samples)
         record = {
             "model": self._label,
@@ -157,26 +154,39 @@ class Bench:
             "model_size": sum(weight.nbytes for weight in self._weights.values()),
             "model_n_params": sum(_count(weight.shape) for weight in self._weights.values()),
         }
-        return record | self._shares(test, mean)
+        return record | self._floors | self._rates(test, mean)
 
-    def _once(self, test: Test) -> float:
-        """Tokens per second of one run."""
-        sequences = [self._model.sequence() for _ in range(self._parallel if test.n_gen else 1)]
+    def _samples(self, test: Test, repetitions: int) -> list[float]:
+        """Tokens per second of each run. What lies before them in the cache is computed once."""
+        sequences = [self._model.sequence() for _ in range(self._n_sequences(test))]
         try:
             for sequence in sequences:
                 self._feed(sequence, test.n_depth, sample=False)
-            start = time.perf_counter()
-            if test.n_prompt:
-                self._feed(sequences[0], test.n_prompt, sample=True)
-                return test.n_prompt / (time.perf_counter() - start)
-            tokens = [1 + i for i in range(len(sequences))]
-            for _ in range(test.n_gen):
-                items = [(s, [token], self._sampler, "none") for s, token in zip(sequences, tokens, strict=True)]
-                tokens = [result.token for result in self._model.step(items)]
-            return test.n_gen * len(sequences) / (time.perf_counter() - start)
+            samples = []
+            for _ in range(repetitions + 1):
+                start = time.perf_counter()
+                n_tok = self._prompt(sequences[0], test) if test.n_prompt else self._decode(sequences, test)
+                samples.append(n_tok / (time.perf_counter() - start))
+                for sequence in sequences:
+                    sequence.truncate(test.n_depth)
+            return samples[1:]
         finally:
             for sequence in sequences:
                 sequence.close()
+
+    def _n_sequences(self, test: Test) -> int:
+        return self._parallel if test.n_gen else 1
+
+    def _prompt(self, sequence: Any, test: Test) -> int:
+        self._feed(sequence, test.n_prompt, sample=True)
+        return test.n_prompt
+
+    def _decode(self, sequences: list[Any], test: Test) -> int:
+        tokens = [1 + i for i in range(len(sequences))]
+        for _ in range(test.n_gen):
+            items = [(s, [token], self._sampler, "none") for s, token in zip(sequences, tokens, strict=True)]
+            tokens = [result.token for result in self._model.step(items)]
+        return test.n_gen * len(sequences)
 
     def _feed(self, sequence: Any, n_tok: int, *, sample: bool) -> None:
         vocab_size = self._config["vocab_size"]
@@ -186,15 +196,20 @@ class Bench:
             sampler = self._sampler if sample and end == n_tok else None
             self._model.step([(sequence, tokens, sampler, "none")])
 
-    def _shares(self, test: Test, tok_per_s: float) -> dict[str, float]:
-        """How much of the machine's best the test reached, by the bytes and operations that it cannot do without."""
-        if test.n_gen and self._bandwidth:
-            steps_per_s = tok_per_s / self._parallel
-            cache = self._parallel * self._cache_bytes(test.n_depth + test.n_gen / 2)
-            return {"bandwidth_share": steps_per_s * (self._step_bytes + cache) / self._bandwidth}
-        if test.n_prompt and self._peak and all(weight.format.startswith("q") for weight in self._layer_matrices()):
-            return {"peak_share": tok_per_s * self._ops_per_tok() / self._peak}
-        return {}
+    def _rates(self, test: Test, tok_per_s: float) -> dict[str, float]:
+        """Bytes and operations per second that the test cannot do without, and their shares of the machine's best."""
+        n = test.n_prompt or test.n_gen
+        runs_per_s = tok_per_s / (n * self._n_sequences(test))
+        n_steps = -(-n // self._n_batch) if test.n_prompt else n
+        # Attention of a step reads what was cached before it, and its own tokens.
+        cached = sum(test.n_depth + n * (step + 1) / n_steps for step in range(n_steps))
+        n_bytes = n_steps * self._step_bytes + self._n_sequences(test) * self._cache_bytes(cached)
+        found = {"gb_per_s": runs_per_s * n_bytes / 1e9}
+        found["bandwidth_share"] = found["gb_per_s"] / self._floors["read_gb_per_s"]
+        if all(weight.format.startswith("q") for weight in self._layer_matrices()):  # else they are no int8 products
+            found["gop_per_s"] = tok_per_s * self._ops_per_tok() / 1e9
+            found["peak_share"] = found["gop_per_s"] / self._floors["int8_gop_per_s"]
+        return found
 
     def _cache_bytes(self, n_tok: float) -> float:
         config = self._config
@@ -219,17 +234,16 @@ def _count(shape: Sequence[int]) -> int:
 def markdown(records: list[dict[str, Any]]) -> str:
     """The records as a table."""
     lines = [
-        "| model | size | params | threads | isa | test | tok/s | share of the machine |",
-        "|---|---:|---:|---:|---|---|---:|---|",
+        "| model | size | params | threads | isa | test | tok/s | GB/s | GOP/s |",
+        "|---|---:|---:|---:|---|---|---:|---:|---:|",
     ]
     for r in records:
-        share = "–"
-        if "bandwidth_share" in r:
-            share = f"{100 * r['bandwidth_share']:.0f} % of read bandwidth"
-        elif "peak_share" in r:
-            share = f"{100 * r['peak_share']:.0f} % of int8 peak"
         speed = f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"
         size, params = f"{r['model_size'] / 2**20:.1f} MiB", f"{r['model_n_params'] / 1e6:.1f} M"
-        cells = [" ".join(r["model"].split()), size, params, r["n_threads"], r["isa"], r["test"], speed, share]
+        read = f"{r['gb_per_s']:.1f}, {100 * r['bandwidth_share']:.0f} % of {r['read_gb_per_s']:.0f}"
+        done = "–"
+        if "gop_per_s" in r:
+            done = f"{r['gop_per_s']:.0f}, {100 * r['peak_share']:.0f} % of {r['int8_gop_per_s']:.0f}"
+        cells = [" ".join(r["model"].split()), size, params, r["n_threads"], r["isa"], r["test"], speed, read, done]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
