@@ -495,6 +495,20 @@ def test_pages_are_counted(plain: SmallModel) -> None:
     assert model.pages_in_use == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
+def test_room_for_many_tokens_costs_no_memory_before_it_is_used() -> None:
+    def resident_bytes() -> int:
+        with open("/proc/self/status") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+    model = small_model(Shape(dim=512, hidden_dim=1024, n_heads=8, n_kv_heads=8, head_dim=64), ORDER_KIND)
+    before = resident_bytes()
+    roomy = model.model(max_batch_tok=65536, threads=1)  # x, q, k, v, o, gate, up, h of so many tokens: 1.6 GB
+    few = all_logits(roomy, random_tokens(model, 3))
+    assert resident_bytes() - before < 250e6
+    assert np.array_equal(few, all_logits(model.model(max_batch_tok=64, threads=1), random_tokens(model, 3)))
+
+
 def test_any_order_of_destruction(plain: SmallModel) -> None:
     model = plain.model()
     sequences = [model.sequence() for _ in range(3)]

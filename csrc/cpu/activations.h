@@ -7,6 +7,7 @@
 
 #include "../tensor.h"
 #include "dispatch.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace pyllama {
@@ -58,8 +59,8 @@ class Activations {
   int64_t ld_rows_ = 0;
   const int max_columns_;
   std::vector<float> reordered_;               // per thread [max_columns]
-  std::vector<float> normed_;                  // [max_tok][max_columns]
-  std::vector<int8_t> q_;                      // [M][ld_q_]
+  Scratch<float> normed_;                      // [max_tok][max_columns]
+  Scratch<int8_t> q_;                          // [M][ld_q_]
   std::vector<XBlock> blocks_;                 // [M][ld_blocks_]
   std::vector<float> sum32_, sum64_, sum128_;  // [M][ceil(K/group)] sums of q·scale
 };

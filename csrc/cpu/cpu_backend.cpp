@@ -13,6 +13,7 @@
 #include "embedding.h"
 #include "head.h"
 #include "os.h"
+#include "scratch.h"
 #include "thread_pool.h"
 #include "trig.h"
 
@@ -207,9 +208,9 @@ class CpuBackend final : public Backend {
   Head head_;
   const Step* step_ = nullptr;
   unsigned float_environment_ = 0;
-  std::vector<float> x_, q_, k_, v_, o_, gate_, up_, h_;  // [max_batch_tok][their width]
-  std::vector<float> cos_, sin_;                          // [max_batch_tok][head_dim/2]
-  std::vector<float> logits_;                             // [n_out][vocab_size]
+  Scratch<float> x_, q_, k_, v_, o_, gate_, up_, h_;  // [max_batch_tok][their width]
+  std::vector<float> cos_, sin_;                      // [max_batch_tok][head_dim/2]
+  std::vector<float> logits_;                         // [n_out][vocab_size]
   std::vector<uint8_t*> pages_;
   std::vector<int> free_pages_;
 };

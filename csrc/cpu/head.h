@@ -8,6 +8,7 @@
 
 #include "../config.h"
 #include "dispatch.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace pyllama {
@@ -31,8 +32,8 @@ class Head {
   ThreadPool& pool_;
   const bool quantized_;
   const int digits_;              // int8 rows per token
-  std::vector<float> normed_;     // [max_rows][dim]
-  std::vector<int8_t> q_;         // [max_rows * digits][ld]
+  Scratch<float> normed_;         // [max_rows][dim]
+  Scratch<int8_t> q_;             // [max_rows * digits][ld]
   std::vector<XBlock> blocks_;    // [max_rows * digits][ld]
   std::vector<float> group_sum_;  // [max_rows * digits][groups]; for formats with an offset
   std::vector<float> scratch_;    // per thread [kRows * digits][rows of a task]
