@@ -96,7 +96,12 @@ MatmulArgs Activations::arguments(const Product& p) const {
   return a;
 }
 
-int Activations::tiles_per_task(int tiles) const { return std::max(1, tiles / (pool_.threads() * 8)); }
+// One tile when few tokens wait for memory; else enough of them to be worth the decoding of a strip.
+int Activations::grain(int tiles) const {
+  constexpr int kFewTok = 8, kStripTiles = 2;
+  if (M_ <= kFewTok) return 1;
+  return std::max(1, tiles / (pool_.threads() * 16 * kStripTiles)) * kStripTiles;
+}
 
 // The columns of an act-order import lie in another order: its input is reordered before it is quantized.
 void Activations::multiply_reordered(const Product& p) {
@@ -112,34 +117,26 @@ void Activations::multiply_reordered(const Product& p) {
   source_ = source;
   ld_source_ = ld_source;
   const MatmulArgs a = arguments(p);
-  const int tiles = p.w->tiles(), step = tiles_per_task(tiles);
-  pool_.run((tiles + step - 1) / step,
-            [&](int task, int) { kernels_.matmul(a, task * step, std::min(tiles, (task + 1) * step)); });
+  const int tiles = p.w->tiles();
+  pool_.run_ranges(tiles, grain(tiles), [&](int begin, int end, int) { kernels_.matmul(a, begin, end); });
 }
 
 void Activations::multiply(const Product* products, int n) {
   constexpr int kMost = 4;
   MatmulArgs args[kMost];
-  int first_task[kMost + 1] = {0}, tiles[kMost], step = 1, count = 0, all = 0;
-  for (int i = 0; i < n; i++) {
-    if (!products[i].w->input_order) all += products[i].w->tiles();
-  }
-  step = tiles_per_task(all);
+  int first[kMost + 1] = {0}, count = 0;  // the products' tiles in one row, so that one region does them all
   for (int i = 0; i < n; i++) {
     if (products[i].w->input_order) continue;
     args[count] = arguments(products[i]);
-    tiles[count] = products[i].w->tiles();
-    first_task[count + 1] = first_task[count] + (tiles[count] + step - 1) / step;
+    first[count + 1] = first[count] + products[i].w->tiles();
     count++;
   }
-  if (count) {
-    pool_.run(first_task[count], [&](int task, int) {
-      int i = 0;
-      while (task >= first_task[i + 1]) i++;
-      const int begin = (task - first_task[i]) * step;
-      kernels_.matmul(args[i], begin, std::min(tiles[i], begin + step));
-    });
-  }
+  pool_.run_ranges(first[count], grain(first[count]), [&](int begin, int end, int) {
+    for (int i = 0; i < count; i++) {
+      const int from = std::max(begin, first[i]), to = std::min(end, first[i + 1]);
+      if (from < to) kernels_.matmul(args[i], from - first[i], to - first[i]);
+    }
+  });
   for (int i = 0; i < n; i++) {  // last: they overwrite the shared int8 rows
     if (products[i].w->input_order) multiply_reordered(products[i]);
   }

@@ -41,8 +41,8 @@ class Activations {
   // Arguments of a product over the current rows, for a caller that spreads tiles itself. Not for weights with
   // input_order.
   MatmulArgs arguments(const Product& p) const;
-  // Tiles of one task, so that each thread gets several tasks.
-  int tiles_per_task(int tiles) const;
+  // What a run of tiles, as threads take them, is a multiple of.
+  int grain(int tiles) const;
 
  private:
   void prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps);

@@ -22,6 +22,8 @@ namespace cpu {
 
 namespace {
 
+constexpr int kMlpValues = 1 << 17;  // of gate and up that are made before SwiGLU reads them from the cache
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(const Config& config, const ModelWeights& weights, const CpuOptions& options)
@@ -125,14 +127,17 @@ class CpuBackend final : public Backend {
       pool_.run(step_->n_tok, [&](int t, int) { swiglu_rows(t, t + 1, 0, c_.hidden_dim); });
       return;
     }
-    // A task does the same tiles of both matrices, and SwiGLU on what they gave while it is in the cache.
+    // Both matrices take the same tiles, and SwiGLU what they gave while it is in the cache.
     const MatmulArgs gate = in_.arguments(products[0]), up = in_.arguments(products[1]);
-    const int tiles = w.w_gate.tiles(), step = in_.tiles_per_task(tiles);
-    pool_.run((tiles + step - 1) / step, [&](int task, int) {
-      const int begin = task * step, end = std::min(tiles, begin + step);
-      kernels_.matmul(gate, begin, end);
-      kernels_.matmul(up, begin, end);
-      swiglu_rows(0, step_->n_tok, begin * kTileRows, std::min(c_.hidden_dim, end * kTileRows));
+    const int tiles = w.w_gate.tiles(), grain = in_.grain(tiles);
+    pool_.run_ranges(tiles, grain, [&](int begin, int end, int) {
+      const int most = std::max(grain, kMlpValues / (kTileRows * step_->n_tok));
+      for (; begin < end; begin += most) {
+        const int stop = std::min(end, begin + most);
+        kernels_.matmul(gate, begin, stop);
+        kernels_.matmul(up, begin, stop);
+        swiglu_rows(0, step_->n_tok, begin * kTileRows, std::min(c_.hidden_dim, stop * kTileRows));
+      }
     });
   }
 

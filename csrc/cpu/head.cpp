@@ -94,10 +94,11 @@ void Head::run(const float* x, const int32_t* rows, int n, float* logits) {
     const int64_t dim = config_.dim;
     prepare_row(x + rows[m] * dim, m, left_.data() + thread * dim);
   });
-  const int tiles = w_.tiles(), step = std::min(kTaskTiles, std::max(1, tiles / (pool_.threads() * 8)));
   const size_t scratch_size = static_cast<size_t>(kRows) * digits_ * kTaskTiles * kTileRows;
-  pool_.run((tiles + step - 1) / step, [&](int task, int thread) {
-    multiply(n, task * step, std::min(tiles, (task + 1) * step), scratch_.data() + thread * scratch_size, logits);
+  pool_.run_ranges(w_.tiles(), 1, [&](int begin, int end, int thread) {
+    for (; begin < end; begin += kTaskTiles) {
+      multiply(n, begin, std::min(end, begin + kTaskTiles), scratch_.data() + thread * scratch_size, logits);
+    }
   });
 }
 

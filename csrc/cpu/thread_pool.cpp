@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <algorithm>
+
 #include "os.h"
 
 namespace pyllama {
@@ -37,22 +39,25 @@ void ThreadPool::wake() {
 void ThreadPool::rest() { awake_ = false; }
 
 void ThreadPool::take_tasks(int thread) {
-  for (;;) {
-    const int task = next_task_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= n_tasks_) return;
-    call_(body_, task, thread);
+  for (int begin = next_task_.load(std::memory_order_relaxed);;) {
+    const int left = n_tasks_ - begin;
+    if (left <= 0) return;
+    int size = 1;
+    if (grain_) size = std::min(left, std::max(1, left / (2 * threads() * grain_)) * grain_);
+    if (!next_task_.compare_exchange_weak(begin, begin + size, std::memory_order_relaxed)) continue;
+    call_(body_, begin, begin + size, thread);
+    begin = next_task_.load(std::memory_order_relaxed);
   }
 }
 
-void ThreadPool::run_erased(int n_tasks, Call call, const void* body) {
-  if (workers_.empty() || n_tasks <= 1) {
-    for (int task = 0; task < n_tasks; task++) call(body, task, 0);
-    return;
-  }
+void ThreadPool::run_erased(int n_tasks, int grain, Call call, const void* body) {
+  if (n_tasks <= 0) return;
+  if (workers_.empty() || n_tasks <= std::max(1, grain)) return call(body, 0, n_tasks, 0);
   if (!awake_.load(std::memory_order_relaxed)) wake();
   call_ = call;
   body_ = body;
   n_tasks_ = n_tasks;
+  grain_ = grain;
   next_task_.store(0, std::memory_order_relaxed);
   const uint64_t number = (region_.load(std::memory_order_relaxed) / kNext + 1) * kNext;
   region_.store(number | kOpen, std::memory_order_release);

@@ -26,23 +26,37 @@ class ThreadPool {
   // time.
   template <class Body>
   void run(int n_tasks, const Body& body) {
-    run_erased(
-        n_tasks, [](const void* b, int task, int thread) { (*static_cast<const Body*>(b))(task, thread); }, &body);
+    const auto each = [&](int begin, int end, int thread) {
+      for (int task = begin; task < end; task++) body(task, thread);
+    };
+    run_erased(n_tasks, 0, erase(each), &each);
+  }
+
+  // The same for items that lie side by side in memory: body(begin, end, thread) for runs of them, long ones first and
+  // short ones at the end (guided self-scheduling, Polychronopoulos and Kuck 1987), so that a thread reads far without
+  // a jump and all threads still end together. Runs begin at multiples of `grain`.
+  template <class Body>
+  void run_ranges(int n_items, int grain, const Body& body) {
+    run_erased(n_items, grain, erase(body), &body);
   }
 
   void wake();  // a step begins: workers start to spin
   void rest();  // a step has ended: workers may sleep
 
  private:
-  using Call = void (*)(const void* body, int task, int thread);
-  void run_erased(int n_tasks, Call call, const void* body);
+  using Call = void (*)(const void* body, int begin, int end, int thread);
+  template <class Body>
+  static Call erase(const Body&) {
+    return [](const void* b, int begin, int end, int thread) { (*static_cast<const Body*>(b))(begin, end, thread); };
+  }
+  void run_erased(int n_tasks, int grain, Call call, const void* body);
   void work(int thread);
   void take_tasks(int thread);
 
   std::vector<std::thread> workers_;
   Call call_ = nullptr;
   const void* body_ = nullptr;
-  int n_tasks_ = 0;
+  int n_tasks_ = 0, grain_ = 0;  // grain 0: one by one
   // The number of the region, whether it is open, and how many workers are inside: one word, so that entering is one
   // step.
   static constexpr uint64_t kOpen = 1 << 16, kInside = kOpen - 1, kNext = uint64_t{1} << 32;
