@@ -72,6 +72,8 @@ class PrefixCache:
         best = Found(0, None, None)
         most = len(prompt) - 1  # the last token must be fed to get logits
         for kept in reversed(self._kept):
+            if len(kept.tokens) <= best.n or kept.tokens[best.n] != prompt[best.n]:
+                continue  # no longer than what is found: most are told by this one token
             n = min(common_prefix(kept.tokens, prompt), most)
             if n > best.n:
                 best = Found(n, kept.sequence, kept)

@@ -6,11 +6,13 @@ In three parts: pages on the real engine, scheduling on the fake one of test_sch
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Iterator
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,11 @@ from numpy.typing import NDArray
 
 import pyllama.prefix_cache
 import pyllama.scheduler
+import pyllama.speculative
 from pyllama import LLM, PyllamaError, SamplingParams
 from pyllama.prefix_cache import common_prefix, default_cache_tok
-from pyllama.scheduler import Request, Scheduler
+from pyllama.scheduler import Scheduler
+from pyllama.speculative import LookupDrafter
 
 from .helpers_llm import tiny_llm
 from .helpers_models import Kind, Shape, small_model
@@ -180,6 +184,30 @@ def test_forks_of_many_threads_while_steps_run() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_no_fork_of_a_sequence_that_is_in_a_step() -> None:
+    small = small_model(Shape(n_layers=8, max_seq_len=1024))
+    model, tokens = small.model(threads=1), TEXT % small.shape.vocab_size
+    expected = np.asarray(model.step([(model.sequence(), tokens, None, "all")])[0].logits)
+    sequence, refusals = model.sequence(), []
+    model.step([(sequence, tokens[:40], None, "none")])
+
+    def disturb() -> None:
+        while not refusals:
+            try:
+                sequence.fork(sequence.n_past).truncate(0)
+            except ValueError as error:
+                refusals.append(str(error))
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    while not refusals:
+        found = model.step([(sequence, tokens[40:], None, "all")])[0].logits
+        assert np.array_equal(found, expected[40:])
+        sequence.truncate(40)
+    thread.join()
+    assert refusals == ["the sequence is in a step that is still running in another thread"]
 
 
 # -------------------------------------------------------------------------------- finding beginnings
@@ -392,13 +420,14 @@ def test_the_cache_is_given_up_before_a_request_fails_for_want_of_memory() -> No
 
 
 class at_line:  # noqa: N801  # reads as a word
-    """Raises KeyboardInterrupt once, at the n-th line executed of the driver's work (not of the taking of turns)."""
+    """KeyboardInterrupt at the n-th line executed of the driver's work (not of the taking of turns); -1: never."""
 
-    FILES = (pyllama.scheduler.__file__, pyllama.prefix_cache.__file__)
+    FILES = (pyllama.scheduler.__file__, pyllama.prefix_cache.__file__, pyllama.speculative.__file__)
     TURNS = ("_take_turn", "_drive", "_tidy", "_wait", "_wake", "advance", "submit", "release", "run_alone", "close")
 
     def __init__(self, n: int) -> None:
-        self.left = n
+        self.n = n
+        self.lines: list[tuple[str, int]] = []
 
     def __enter__(self) -> at_line:
         sys.settrace(self.trace)
@@ -408,33 +437,31 @@ class at_line:  # noqa: N801  # reads as a word
         sys.settrace(None)
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename not in self.FILES or self.left < 0:
+        if frame.f_code.co_filename not in self.FILES:
             return None
         if event == "line" and frame.f_code.co_name not in self.TURNS:
-            self.left -= 1
-            if self.left == -1:
+            self.lines.append((frame.f_code.co_name, frame.f_lineno))
+            if len(self.lines) == self.n + 1:
+                sys.settrace(None)
                 raise KeyboardInterrupt
         return self.trace
 
 
-def interrupted(n: int) -> bool:
-    """One caller is interrupted at line n while another's requests share the steps and the cache; False when the
-    work is done before."""
+def interrupted(n: int, drafter: Any) -> list[tuple[str, int]]:
+    """One caller is interrupted at line n while another's share the steps and the cache; the lines until then."""
     model = FakeModel(max_batch_tok=16)
-    scheduler = Scheduler(model, cache_tok=60)
+    scheduler = Scheduler(model, cache_tok=60, drafter=drafter and drafter())
     beginning = list(range(12))
     finish(scheduler, [request([*beginning, 40, 41], 3)])
     finish(scheduler, [request([9, 8, 7], 3)])
     others = [request([*beginning, 40, 41, 2], 3), request([*range(20, 34), 3], 4), request([*range(20, 34), 4], 4)]
+    conversation = FakeSequence(model, [9, 9, 9])
+    others.append(request([*beginning, 40, 5], 3, sequence=conversation, keep_sequence=True))
     mine = request([*beginning, 1], 5)
     scheduler.submit(others)
-    done = False
-    try:
-        with at_line(n):
-            finish(scheduler, [mine])
-        done = True
-    except KeyboardInterrupt:
-        pass
+    at = at_line(n)
+    with contextlib.suppress(KeyboardInterrupt), at:
+        finish(scheduler, [mine])
     check_cache(scheduler)
     scheduler.advance(lambda: not any(r.wants_step for r in others))
     scheduler.release(others)
@@ -446,17 +473,23 @@ def interrupted(n: int) -> bool:
     finish(scheduler, [again])
     assert tokens_of(again) == continuation(again.prompt.tolist(), 9)
     scheduler.close()
-    mine.sequence = None
-    alive, model.sequences = model.sequences, []
-    open_ones = [sequence for sequence in alive if not sequence.closed]
-    del alive
-    for sequence in open_ones:  # lost between two lines: nobody but this list may hold it
-        assert not [r for r in gc.get_referrers(sequence) if isinstance(r, (Request, PyllamaError, FakeSequence))]
-    return not done
+    mine.sequence = others[-1].sequence = None
+    model.sequences = [weakref.ref(sequence) for sequence in model.sequences if not sequence.closed]  # type: ignore
+    del conversation
+    assert not any(lost() for lost in model.sequences), "a sequence lost between two lines is held by somebody"
+    return at.lines
 
 
-def test_an_interrupt_at_any_line_leaves_a_sound_cache() -> None:
-    assert next(n for n in count() if not interrupted(n)) > 200
+@pytest.mark.parametrize("drafter", [None, LookupDrafter], ids=["plain", "guessing"])
+def test_an_interrupt_at_any_line_leaves_a_sound_cache(drafter: Any) -> None:
+    """Every line of the driver's work, the first two times that it is executed."""
+    lines = interrupted(-1, drafter)
+    seen: Counter[Any] = Counter()
+    for n, line in enumerate(lines):
+        seen[line] += 1
+        if seen[line] <= 2:
+            assert len(interrupted(n, drafter)) == n + 1
+    assert len(seen) > 100
 
 
 # -------------------------------------------------------------------------------- whole texts
