@@ -245,7 +245,14 @@ std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& w
 
 // Token ids from a list or an integer array, without silent truncation of floats or of large integers.
 std::vector<int32_t> read_tokens(const py::handle& tokens) {
-  if (py::isinstance<py::array_t<int32_t, py::array::c_style>>(tokens)) {  // the scheduler's, a thousand times a second
+  // Decoding: without numpy, which is slow.
+  if (PyList_CheckExact(tokens.ptr()) && PyList_GET_SIZE(tokens.ptr()) == 1 &&
+      PyLong_CheckExact(PyList_GET_ITEM(tokens.ptr(), 0))) {
+    const long id = PyLong_AsLong(PyList_GET_ITEM(tokens.ptr(), 0));
+    if (id >= 0 && id <= std::numeric_limits<int32_t>::max()) return {static_cast<int32_t>(id)};
+    PyErr_Clear();  // told below
+  }
+  if (py::isinstance<py::array_t<int32_t, py::array::c_style>>(tokens)) {
     const auto ids = py::reinterpret_borrow<py::array_t<int32_t, py::array::c_style>>(tokens);
     if (ids.ndim() == 1) return {ids.data(), ids.data() + ids.size()};
   }

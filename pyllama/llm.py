@@ -307,8 +307,7 @@ class LLM:
     def _run(self, replies: list[Reply]) -> list[RequestOutput]:
         def all_through() -> bool:
             for reply in waiting[:]:
-                reply.take()
-                if reply.finish_reason is not None:
+                if reply.is_through():
                     waiting.remove(reply)
             return not waiting
 

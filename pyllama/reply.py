@@ -63,6 +63,7 @@ class Reply:
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream()
         self._matcher = StopMatcher(stop)
+        self._has_stops = bool(stop)
         self._with_logprobs = logprobs
         self._seed = seed
         self.pieces: list[Piece] = []
@@ -73,6 +74,13 @@ class Reply:
         """True when `take` has something to return or to raise."""
         request = self.request
         return len(request.results) > len(self.pieces) or request.done or request.error is not None
+
+    def is_through(self) -> bool:
+        """True when the reply is finished. Reads text only if that could end it. Raises what stopped the request."""
+        request = self.request
+        if self._has_stops or request.done or request.error is not None:
+            self.take()
+        return self.finish_reason is not None
 
     def take(self) -> list[Piece]:
         """The pieces of all tokens sampled since the last call. Raises what stopped the request, if anything did."""

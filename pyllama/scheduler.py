@@ -1,9 +1,9 @@
 """Runs requests as sequences of the model: who goes into which step, and which thread makes it.
 
-There is no thread of our own. Threads that wait for tokens take turns as the *driver*: the driver makes one step for
-everybody's requests, then wakes the others. New requests join at the next step (their prompts in chunks that share a
-step with the decoding ones), finished ones leave. Results never depend on neighbours: the engine promises the same
-bits for any batch and chunking, and random numbers are keyed by (seed, position).
+There is no thread of our own. Threads that wait for tokens take turns as the *driver*: the driver makes steps for
+everybody's requests, and hands over after each if somebody waits. New requests join at the next step (their prompts in
+chunks that share a step with the decoding ones), finished ones leave. Results never depend on neighbours: the engine
+promises the same bits for any batch and chunking, and random numbers are keyed by (seed, position).
 
 Ctrl-C may strike between any two lines, so every change of shared state is a single atomic operation (append, remove,
 one assignment), and what the engine did in an interrupted step is undone by truncating to what was recorded.
@@ -65,10 +65,11 @@ class Request:
         self.n_reused = 0  # tokens of the prompt that were in a cache already
         self.n_fed = 0  # tokens of the prompt that are in the cache
         self.results: list[Any] = []  # a StepResult per sampled token (or per chunk, for logits)
+        self.decoding = False  # the prompt is through, a token was sampled
+        self.last_token = -1  # that one
         self.done = False  # nothing more to compute; may be set by the owner (a stop string)
         self.error: BaseException | None = None
         self.start_s = self.first_s = self.last_s = 0.0
-        self._next_token = np.zeros(1, np.int32)
         self.drafting: Any = None  # the drafter's, of this request
         self.may_draft = True
         self.n_drafted = self.n_accepted = 0
@@ -112,11 +113,6 @@ class Request:
         return n
 
     @property
-    def decoding(self) -> bool:
-        """True once the prompt is through and a token was sampled."""
-        return self.sampler is not None and bool(self.results)
-
-    @property
     def n_tok(self) -> int:
         """Tokens of prompt and reply."""
         return len(self.prompt) + len(self.results)
@@ -135,11 +131,7 @@ class Request:
     def next_item(self, room: int, draft: Sequence[int] = ()) -> Item:
         """Its part of the next step: the last sampled token and a draft, or at most `room` tokens of the prompt."""
         if self.decoding:
-            token = self.results[-1].token
-            if draft:
-                return self.sequence, [token, *draft], self.sampler, "none", len(draft)
-            self._next_token[0] = token
-            return self.sequence, self._next_token, self.sampler, "none", 0
+            return self.sequence, [self.last_token, *draft], self.sampler, "none", len(draft)
         start = self.n_cached
         if self.sampler is None:
             return self.sequence, self.prompt[start : start + min(room, _LOGITS_CHUNK_TOK)], None, "all", 0
@@ -164,11 +156,21 @@ class Request:
         self.check_done()
 
     def check_done(self) -> None:
-        """Notices the end from what is recorded."""
+        """Learns where it stands from what is recorded."""
         if self.sampler is None:
             self.done = self.done or self.n_cached == len(self.prompt)
         elif self.results:
-            self.done = self.done or len(self.results) >= self.limit or self.results[-1].token in self.end_ids
+            self.last_token = token = self.results[-1].token
+            self.decoding = True
+            self.done = self.done or len(self.results) >= self.limit or token in self.end_ids
+
+
+class _Chore:
+    """Something to be done between two steps."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+        self.done = False
 
 
 class Scheduler:
@@ -190,6 +192,7 @@ class Scheduler:
         self._lock = Lock()  # guards the choice of the driver only
         self._driver: object | None = None
         self._gates: deque[Any] = deque()  # one closed lock per waiting thread
+        self._chores: deque[_Chore] = deque()
         self._dirty = False  # a step was begun whose outcome is not all recorded
         self._leftovers = False  # finished requests may still be in the list
         self._closed = False
@@ -202,8 +205,14 @@ class Scheduler:
 
     def advance(self, has_news: Callable[[], bool]) -> None:
         """Returns as soon as `has_news()`: by driving steps, or by waiting for the thread that does."""
+
+        def steps() -> None:
+            self._step()
+            while not (self._gates or has_news()):  # nobody waits for the turn: it is kept
+                self._step()
+
         while not has_news():
-            if not self._drive(self._step):
+            if not self._drive(steps):
                 self._wait(has_news)
 
     def release(self, requests: Sequence[Request]) -> None:
@@ -214,9 +223,15 @@ class Scheduler:
         self._tidy()
 
     def run_alone(self, action: Callable[[], None]) -> None:
-        """Calls `action` when no step is running, and keeps steps out meanwhile."""
-        while not self._drive(action):
-            self._wait(lambda: False)
+        """Has `action` called while no step is running: here, or by the thread that drives, before its next step.
+
+        It must not raise, and may be called twice should Ctrl-C strike.
+        """
+        chore = _Chore(action)
+        self._chores.append(chore)
+        while not chore.done:
+            if not self._drive(self._do_chores):
+                self._wait(lambda: chore.done)
 
     def close(self) -> None:
         """Fails what is still running, frees every sequence and lets go of the model."""
@@ -277,6 +292,14 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------- the driver's work
 
+    def _do_chores(self) -> None:
+        while self._chores:
+            chore = self._chores[0]
+            if not chore.done:
+                chore.action()
+                chore.done = True
+            self._chores.popleft()
+
     def _purge(self) -> None:
         self._leftovers = False
         for request in [r for r in self._requests if not r.wants_step]:
@@ -305,6 +328,10 @@ class Scheduler:
 
     def _choose(self) -> tuple[list[Request], list[Request]]:
         """Who takes part in the next step: those that decode, and those that read their prompts. New ones are begun."""
+        for request in self._requests:
+            if request.done or request.error is not None:
+                self._purge()
+                break
         decoding: list[Request] = []
         reading: list[Request] = []
         for request in self._requests[: self._max_sequences]:
@@ -313,8 +340,10 @@ class Scheduler:
                     self._begin(request)
                 except Exception as error:  # no memory for its tokens, say: that is its own misfortune
                     request.error = error
-            if request.started and request.wants_step:
-                (decoding if request.decoding else reading).append(request)
+            if request.decoding:
+                decoding.append(request)
+            elif request.started:
+                reading.append(request)
         return decoding, reading
 
     def _begin(self, request: Request) -> None:
@@ -384,14 +413,12 @@ class Scheduler:
         return drafts
 
     def _step(self) -> None:
+        if self._chores:
+            self._do_chores()
         if self._closed:
             self._fail_all(PyllamaError("the LLM was closed while this request was running"))
         if self._dirty:
             self._resync()
-        for request in self._requests:
-            if request.done or request.error is not None:
-                self._purge()
-                break
         members, items = self._plan()
         if not items:
             return

@@ -423,6 +423,36 @@ def test_a_waiting_thread_gets_its_tokens_while_another_drives() -> None:
     assert tokens_of(short) == continuation([2], 20) and tokens_of(long) == continuation([1], 200)
 
 
+def test_what_is_to_be_done_alone_is_done_before_the_next_step() -> None:
+    """However fast the driver goes on: who drives does it, and an action that Ctrl-C has cut short is done again."""
+    model = FakeModel(max_batch_tok=16)
+    scheduler = Scheduler(model)
+    calls: list[int] = []
+
+    def action() -> None:
+        assert not model._busy.locked()
+        calls.append(len(model.batches))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    other = threading.Thread(target=lambda: scheduler.run_alone(action))
+
+    def ask(n: int) -> None:
+        if n == 20:
+            other.start()
+            while not scheduler._chores:
+                pass
+
+    model.trouble = ask
+    made = request([1], 50)
+    with pytest.raises(KeyboardInterrupt):
+        finish(scheduler, [made])
+    other.join(20)
+    assert calls == [21, 21] and not scheduler._chores
+    scheduler.run_alone(lambda: calls.append(0))
+    assert calls == [21, 21, 0]
+
+
 @pytest.fixture(autouse=True)
 def _quick_switches() -> Iterator[None]:
     """Threads change places often, so that races have a chance to show."""
