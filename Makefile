@@ -70,7 +70,7 @@ test-oracles: dev $(VENV)/.pyllama-oracles  ## live comparisons with torch, tran
 test-qemu: dev  ## kernels and forward pass on an emulated processor without AVX2
 	VENV=$(VENV) scripts/test_qemu.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS))
 
-test-arm: $(VENV)/.pyllama-dev  ## the same on an emulated 64-bit ARM processor, cross-compiled
+test-arm: dev  ## the same on an emulated 64-bit ARM processor, cross-compiled
 	VENV=$(VENV) scripts/test_arm.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS))
 
 asan: $(VENV)/.pyllama-dev  ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -91,8 +91,8 @@ inline WS ws_lookup(const Table& t, VB codes) { return _mm256_shuffle_epi8(t, co
 inline WS ws_bytes(VB bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
 inline VB ws_pack(const WS& w) { return w; }
 inline WS ws_unpack(VB bytes) { return bytes; }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a)); }
-inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a)); }
+inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a + k)); }
+inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a + k)); }
 constexpr int kTokBlock = 4;
 constexpr int kPanelBlock = 3;
 
@@ -113,9 +113,11 @@ inline WS ws_unpack(VB bytes) { return ws_bytes(bytes); }
 inline VI add_pairs(VI acc, __m256i words) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return add_pairs(acc, _mm256_maddubs_epi16(w, broadcast4(a))); }
-inline VI dot_s(VI acc, const WS& w, const int8_t* a) {
-  return add_pairs(acc, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(broadcast4(a), w.value)));
+inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) {
+  return add_pairs(acc, _mm256_maddubs_epi16(w, broadcast4(a + k)));
+}
+inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) {
+  return add_pairs(acc, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(broadcast4(a + k), w.value)));
 }
 constexpr int kTokBlock = 4;
 constexpr int kPanelBlock = 2;

@@ -90,8 +90,8 @@ inline VI broadcast4(const int8_t* a) {
   memcpy(&x, a, 4);
   return _mm512_set1_epi32(x);
 }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a)); }
-inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a)); }
+inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a + k)); }
+inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a + k)); }
 
 constexpr int kTokBlock = 8;
 constexpr int kPanelBlock = 6;

@@ -186,16 +186,17 @@ inline VB ws_pack(const WS& w) {
 }
 inline WS ws_unpack(VB bytes) { return ws_bytes(bytes); }
 
-// acc[lane] += Σ_{b<4} w[lane][b] · a[b], exact in int32.
+// acc[lane] += Σ_{b<4} w[lane][b] · a[k + b], exact in int32. `k` is a constant, a multiple of four, and 16 bytes from
+// a + k/16·16 on can be read.
 template <class W>
-inline VI dot4(VI acc, const W& w, const int8_t* a) {
+inline VI dot4(VI acc, const W& w, const int8_t* a, int k) {
   PYLLAMA_LANES(i) {
-    for (int b = 0; b < 4; b++) acc.v[i] += static_cast<int32_t>(w.v[4 * i + b]) * a[b];
+    for (int b = 0; b < 4; b++) acc.v[i] += static_cast<int32_t>(w.v[4 * i + b]) * a[k + b];
   }
   return acc;
 }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a) { return dot4(acc, w, a); }
-inline VI dot_s(VI acc, const WS& w, const int8_t* a) { return dot4(acc, w, a); }
+inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) { return dot4(acc, w, a, k); }
+inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return dot4(acc, w, a, k); }
 
 constexpr int kTokBlock = 4;    // tokens that share a weight register when there are few
 constexpr int kPanelBlock = 2;  // tokens × kPanelRegs accumulators when there are many
