@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 MAX_DRAFT_TOK = 16
 _NGRAMS = (4, 3, 2)  # lengths of the endings that are looked up, the longest first
 
-# The price of one more row, in steps of one row: up to 4 rows, up to 8 rows, beyond. A little dearer than measured on
-# two cores, so that drafting at a loss is rare where rows cost more.
-_ROW_COSTS = ((4, 0.09), (8, 0.13))
+# The price of one more row, in steps of one row: up to 4 rows, up to 8 rows, beyond. The lengths that follow from it
+# change little when it is wrong by half.
+_ROW_COSTS = ((4, 0.1), (8, 0.12))
 _ROW_COST_BEYOND = 0.2
 
-# Shares of guesses that come true, before anything is known, by the length of what matched (1, 2, 3, 4…7, 8…15, 16…).
-_PRIOR_CHANCES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9)
+# Shares of guesses that come true, before anything is known, by the length of what matched (0…3, 4…7, 8…15, 16…).
+_PRIOR_CHANCES = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 0.9)
 _PRIOR_WEIGHT = 3.0  # tries that the prior counts for
 _MEMORY_TOK = 48.0  # tries that are remembered
 
@@ -94,7 +94,7 @@ class Chances:
 
     @staticmethod
     def _place(length: int) -> int:
-        return length - 1 if length < 4 else min(length.bit_length(), 5)
+        return length if length < 4 else min(length.bit_length() + 1, 6)
 
     def learn(self, length: int, hit: bool) -> None:
         """A guess that rested on `length` matching tokens was right, or not."""
@@ -140,15 +140,19 @@ class Lookup:
         if hit:
             self._next, self._length = place + 1, self._length + 1
         else:
-            self._next, self._length = self._find(place)
+            self._next, self._length = self._find(place, self._length)
 
-    def _find(self, departed: int = 0) -> tuple[int, int]:
-        """Place of the next guess and the length of what matches before it; 0, 0 for none."""
+    def _find(self, departed: int = 0, length: int = 0) -> tuple[int, int]:
+        """Place of the next guess and the length of what matches before it; place 0 for none.
+
+        Where nothing is found, the text goes on as if the token at `departed` had been exchanged for another: after a
+        match of some `length` that counts as 1, after an exchange as 0.
+        """
         for n, table in zip(_NGRAMS, self._after, strict=True):
             place = table.get(tuple(self._tokens[-n:]), 0)
             if place:
                 return place, n
-        return (departed + 1, 1) if departed else (0, 0)  # as if one token had been exchanged
+        return (departed + 1, min(length // 2, 1)) if departed else (0, 0)
 
     def draft(self, budget: Budget, most: int) -> list[int]:
         """At most `most` tokens that are worth guessing in the step that `budget` is of."""

@@ -76,6 +76,8 @@ def test_version_and_help(capsys: Captured) -> None:
         ["generate", "-p", "x", "--top-p", "7"],
         ["generate", "-p", "x", "--temperature", "nan"],
         ["chat", "--device", "tpu"],
+        ["chat", "--speculative", "magic"],
+        ["chat", "--speculative", "lookup", "--draft", "demo"],
         ["bench", "-p", "-1"],
         ["bench", "-p", "0", "-n", "0"],
         ["bench", "--format", "q4"],
@@ -246,6 +248,20 @@ def test_generate(demo_model: Path, capsys: Captured, monkeypatch: pytest.Monkey
     assert record["timings"]["decode_tok_per_s"] > 0
     assert [entry["token"] for entry in record["logprobs"]] == [" Paris", "."]
     assert [len(entry["top"]) for entry in record["logprobs"]] == [2, 2]
+
+
+@pytest.mark.parametrize("how", ["--speculative lookup", "--draft"])
+def test_generate_with_guesses(how: str, demo_model: Path, capsys: Captured) -> None:
+    how += f" {demo_model}" if how == "--draft" else ""
+    command = ["generate", str(demo_model), "-p", "a b c a b c a b c a b", "--max-tokens", "24", "--json"]
+    records = []
+    for extra in ([], how.split(maxsplit=1)):
+        assert main([*command, *extra, *FAST]) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert records[0]["token_ids"] == records[1]["token_ids"]
+    assert records[0]["timings"]["draft_n"] == 0
+    # as dear as the model itself, a draft model is not asked
+    assert (records[1]["timings"]["draft_n_accepted"] > 3) == how.endswith("lookup")
 
 
 def test_a_reader_that_leaves_is_no_error_to_show(gguf: Path) -> None:

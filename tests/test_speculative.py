@@ -457,7 +457,7 @@ def test_the_index_finds_the_latest_longest_match(tokens: list[int], n_prompt: i
             place, length = place + 1, length + 1
         else:
             found = naive_place(tokens[: i + 1])
-            place, length = found if found[0] else (place + 1, 1) if place else (0, 0)
+            place, length = found if found[0] else (place + 1, int(length >= 2)) if place else (0, 0)
         assert (lookup._next, lookup._length) == (place, length) and len(lookup) == i + 1
 
 

@@ -96,9 +96,10 @@ class Conversation:
         if self.last is None:
             return "no reply yet"
         usage, timings = self.last.usage, self.last.timings
+        guesses = f" · {timings.draft_n_accepted} of {timings.draft_n} guesses right" if timings.draft_n else ""
         return (
             f"{usage.completion_tokens} tokens, {timings.decode_tok_per_s:.1f} tok/s · "
-            f"prompt {timings.prompt_tok} tokens, {timings.prompt_tok_per_s:.1f} tok/s"
+            f"prompt {timings.prompt_tok} tokens, {timings.prompt_tok_per_s:.1f} tok/s{guesses}"
         )
 
 

@@ -33,10 +33,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-ctx", type=positive, metavar="N", help="tokens of prompt and reply together")
     parser.add_argument("--no-mmap", action="store_true", help="read the weights instead of mapping the file")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument(
+    guessing = parser.add_mutually_exclusive_group()
+    guessing.add_argument(
         "--speculative", choices=("lookup",), help="guess what repeats the text so far: same replies, often faster"
     )
-    parser.add_argument("--draft", metavar="MODEL", help="a small model with the same vocabulary that guesses ahead")
+    guessing.add_argument("--draft", metavar="MODEL", help="a small model with the same vocabulary that guesses ahead")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
