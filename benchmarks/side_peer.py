@@ -15,7 +15,7 @@ from benchmarks.machine import resident_bytes
 from benchmarks.rows import Work, tokens_for
 
 BATCH = 512
-_STEP_CTX = 256  # contexts are made a multiple of this long
+_STEP_CTX = 1024  # contexts are made a multiple of this long, so that works of like depth share one
 
 # Name -> (fields of llama_model_params, environment). The first is the library's default. Threads that wait by spinning
 # (OMP_WAIT_POLICY=active) are not among them: they would go on while our side is timed.
