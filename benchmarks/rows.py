@@ -21,6 +21,7 @@ class Work:
     step     one step of `n` tokens with the head for each, the mean of `repeat`
     matmuls  the products of all layers with `n` tokens and nothing else (ours only)
     python   what happens between two of `n` steps in `LLM.generate` (ours only)
+    python-warm  the same where steps only pretend to run, so that the caches stay as they were
     start    a fresh process from opening the model to its first token, imports done
     """
 
@@ -91,6 +92,8 @@ ROWS = (
     Row("prefill-demo", "prefill 512, 135M demo", "demo", "demo", PREFILL, 2.0, floor="int8"),
     Row("python", "our Python between two steps", "demo", "", Work("python", 256), 10, "absolute",
         at_most=True, unit="µs/token"),
+    Row("python-warm", "the same without the model's sweep through the caches", "demo", "", Work("python-warm", 256), 10,
+        "absolute", at_most=True, unit="µs/token"),
     Row("decode-1b", "decode 128, 1B, q4 g32", "1b-q4", "1b-q4_0", DECODE, 1.08, floor="read", share_goal=0.95),
     Row("prefill-1b", "prefill 512, 1B, q4 g32", "1b-q4", "1b-q4_0", PREFILL, 2.3, floor="int8", share_goal=0.62),
     Row("step4-1b", "4 tokens in one step against one, 1B", "1b-q4", "1b-q4_0", replace(ONE, n=4), 1.2, "itself",
