@@ -108,17 +108,58 @@ SamplerParams make_sampler(double temperature, int top_k, double top_p, double m
   return params;
 }
 
-struct StepResult {
-  std::vector<Sampled> samples;
-  py::object logits;  // None or float32 array
-
-  const Sampled& first() const {
-    static const Sampled kNothing;
-    return samples.empty() ? kNothing : samples[0];
+// What a step gives back are records of Python's own kind, as os.stat() gives: the scheduler reads one for every token,
+// and reading a field of theirs does not go through the bindings.
+class RecordType {
+ public:
+  // `name` and `fields` are string literals: Python keeps the pointers.
+  RecordType(const char* name, const char* doc, std::initializer_list<const char*> fields) {
+    std::vector<PyStructSequence_Field> rows;
+    for (const char* field : fields) rows.push_back({field, nullptr});
+    rows.push_back({nullptr, nullptr});
+    PyStructSequence_Desc desc{name, doc, rows.data(), static_cast<int>(fields.size())};
+    type_ = PyStructSequence_NewType(&desc);
+    if (type_ == nullptr) throw py::error_already_set();
   }
+
+  py::object make(std::initializer_list<py::object> values) const {
+    auto record = py::reinterpret_steal<py::object>(PyStructSequence_New(type_));
+    if (!record) throw py::error_already_set();
+    Py_ssize_t i = 0;
+    for (const py::object& value : values) PyStructSequence_SetItem(record.ptr(), i++, value.inc_ref().ptr());
+    return record;
+  }
+
+  py::handle type() const { return reinterpret_cast<PyObject*>(type_); }
+
+ private:
+  PyTypeObject* type_;  // the module's, which is never unloaded
 };
 
-StepResult sample_once(const SamplerParams& params, const py::array_t<float, py::array::c_style>& logits,
+const RecordType& sample_type() {
+  static const RecordType type("pyllama._C.Sample", "A sampled token.", {"token", "logprob", "top_logprobs"});
+  return type;
+}
+
+const RecordType& result_type() {
+  static const RecordType type("pyllama._C.StepResult", "What a step gave for one item.",
+                               {"token", "logprob", "top_logprobs", "samples", "logits"});
+  return type;
+}
+
+const Sampled kNothingSampled;
+
+py::object make_result(const std::vector<Sampled>& sampled, const py::object& logits) {
+  py::list samples;
+  for (const Sampled& s : sampled) {
+    samples.append(sample_type().make({py::int_(s.token), py::float_(s.logprob), py::cast(s.top_logprobs)}));
+  }
+  const Sampled& first = sampled.empty() ? kNothingSampled : sampled[0];
+  return result_type().make(
+      {py::int_(first.token), py::float_(first.logprob), py::cast(first.top_logprobs), samples, logits});
+}
+
+py::object sample_once(const SamplerParams& params, const py::array_t<float, py::array::c_style>& logits,
                        const std::vector<int32_t>& tokens, int prompt_len) {
   check<std::invalid_argument>(logits.ndim() == 1 && logits.size() > 0, "logits must be float32 [vocab_size]");
   SamplerInput in;
@@ -132,7 +173,7 @@ StepResult sample_once(const SamplerParams& params, const py::array_t<float, py:
                                  in.vocab_size - 1);
   }
   Sampler sampler;
-  return {{sampler.sample(params, in)}, py::none()};
+  return make_result({sampler.sample(params, in)}, py::none());
 }
 
 void bind_sampler(py::module_& m) {
@@ -148,16 +189,8 @@ void bind_sampler(py::module_& m) {
       .def("sample", &sample_once, py::arg("logits"), py::arg("tokens"), py::arg("prompt_len") = 0,
            "What a step would sample from float32 logits [vocab_size] after these tokens; the seed's position is "
            "len(tokens).");
-  py::class_<Sampled>(m, "Sample")
-      .def_readonly("token", &Sampled::token)
-      .def_readonly("logprob", &Sampled::logprob)
-      .def_readonly("top_logprobs", &Sampled::top_logprobs);
-  py::class_<StepResult>(m, "StepResult")
-      .def_property_readonly("token", [](const StepResult& r) { return r.first().token; })
-      .def_property_readonly("logprob", [](const StepResult& r) { return r.first().logprob; })
-      .def_property_readonly("top_logprobs", [](const StepResult& r) { return r.first().top_logprobs; })
-      .def_readonly("samples", &StepResult::samples)
-      .def_readonly("logits", &StepResult::logits);
+  m.attr("Sample") = sample_type().type();
+  m.attr("StepResult") = result_type().type();
 }
 
 // ---- sequence
@@ -351,7 +384,7 @@ std::vector<std::vector<Sampled>> run_without_gil(PyModel& self, const std::vect
   return run_step(*self.model, self.sampler, items, [&poll] { poll(); });
 }
 
-std::vector<StepResult> step(PyModel& self, const py::iterable& batch) {
+py::list step(PyModel& self, const py::iterable& batch) {
   PyBatch read = read_batch(batch);
   check_batch(*self.model, read.items);  // before memory for logits is taken
   allocate_logits(read, self.model->config().vocab_size);
@@ -361,8 +394,8 @@ std::vector<StepResult> step(PyModel& self, const py::iterable& batch) {
   } catch (const Interrupted&) {
     throw py::error_already_set();
   }
-  std::vector<StepResult> results;
-  for (size_t i = 0; i < sampled.size(); ++i) results.push_back({std::move(sampled[i]), std::move(read.logits[i])});
+  py::list results;
+  for (size_t i = 0; i < sampled.size(); ++i) results.append(make_result(sampled[i], read.logits[i]));
   return results;
 }
 

@@ -179,7 +179,10 @@ def test_the_stub_and_the_extension_name_the_same_things() -> None:
     assert public_names(tree.body) == built
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            members = {n for n in dir(getattr(module, node.name)) if not n.startswith("_")}
+            thing = getattr(module, node.name)
+            members = {n for n in dir(thing) if not n.startswith("_")}
+            if isinstance(thing, type) and issubclass(thing, tuple):  # a record: what all have needs no telling
+                members -= {"n_fields", "n_sequence_fields", "n_unnamed_fields", *dir(tuple)}
             assert public_names(node.body) == members, node.name
 
 
