@@ -407,9 +407,10 @@ class Scheduler:
         if room <= 0 or not able:
             return drafts
         for request, draft in zip(able, self._drafter.draft(able, n_other, room), strict=True):
-            n = next((i for i, token in enumerate(draft) if token in request.end_ids), len(draft))
-            drafts[request] = draft[: min(n, request.room_for_draft, room)]
-            room -= len(drafts[request])
+            if draft:
+                n = next((i for i, token in enumerate(draft) if token in request.end_ids), len(draft))
+                drafts[request] = draft[: min(n, request.room_for_draft, room)]
+                room -= len(drafts[request])
         return drafts
 
     def _step(self) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .scheduler import Request
 
 MAX_DRAFT_TOK = 16
-_NGRAMS = (4, 3, 2)  # lengths of the endings that are looked up, the longest first
+_NGRAMS = (4, 2)  # lengths of the endings that are looked up, the longest first; 3 beside them gains nothing
 
 # The price of one more row, in steps of one row: up to 4 rows, up to 8 rows, beyond. The lengths that follow from it
 # change little when it is wrong by half.
@@ -126,13 +126,17 @@ class Lookup:
     def __len__(self) -> int:
         return len(self._tokens)
 
+    @property
+    def knows(self) -> bool:
+        """True when there is something to guess from."""
+        return self._next > 0
+
     def push(self, token: int) -> None:
         """The text goes on with this token."""
-        tokens, place = self._tokens, self._next
+        tokens, place, end = self._tokens, self._next, len(self._tokens)
         hit = place > 0 and tokens[place] == token
-        if place > 0:
+        if place:
             self._chances.learn(self._length, hit)
-        end = len(tokens)
         for n, table in zip(_NGRAMS, self._after, strict=True):
             if end >= n:
                 table[tuple(tokens[-n:])] = end
@@ -183,8 +187,12 @@ class LookupDrafter:
 
     def draft(self, requests: Sequence[Request], n_other: int, room: int) -> list[list[int]]:
         """As Drafter says."""
+        lookups = [self._of(request) for request in requests]
+        if not any(lookup.knows for lookup in lookups):
+            return [[] for _ in requests]
         budget = Budget(len(requests), n_other, room)
-        return [self._of(request).draft(budget, request.room_for_draft) for request in requests]
+        drafts = zip(requests, lookups, strict=True)
+        return [lookup.draft(budget, request.room_for_draft) for request, lookup in drafts]
 
     @staticmethod
     def _of(request: Request) -> Lookup:

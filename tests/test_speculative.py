@@ -437,8 +437,8 @@ def test_chances_follow_what_happens() -> None:
 
 
 def naive_place(tokens: list[int]) -> tuple[int, int]:
-    """The latest earlier place after the longest ending of 4, 3 or 2 tokens."""
-    for n in (4, 3, 2):
+    """The latest earlier place after the longest ending of 4 or 2 tokens."""
+    for n in (4, 2):
         for place in range(len(tokens) - 1, n - 1, -1):
             if tokens[place - n : place] == tokens[-n:] and len(tokens) > n:
                 return place, n
