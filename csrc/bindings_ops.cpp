@@ -58,10 +58,12 @@ py::tuple quantize_activations(const Floats& x, const std::string& isa) {
   FloatEnvironment environment;
   std::vector<cpu::XBlock> blocks(static_cast<size_t>(Kp / 32));
   for (py::ssize_t m = 0; m < M; m++) {
-    kernels_for(isa).quantize_row(x.data(m, 0), static_cast<int>(K), q.mutable_data(m, 0), blocks.data());
+    kernels_for(isa).quantize_row(x.data(m, 0), static_cast<int>(K), blocks.data());
     for (py::ssize_t b = 0; b < Kp / 32; b++) {
-      *scale.mutable_data(m, b) = blocks[static_cast<size_t>(b)].scale;
-      *sum.mutable_data(m, b) = (cpu::kDotOrigin - blocks[static_cast<size_t>(b)].start[1]) / 128;
+      const cpu::XBlock& block = blocks[static_cast<size_t>(b)];
+      std::copy_n(block.q, 32, q.mutable_data(m, 32 * b));
+      *scale.mutable_data(m, b) = block.scale;
+      *sum.mutable_data(m, b) = (cpu::kDotOrigin - block.start[1]) / 128;
     }
   }
   return py::make_tuple(q, scale, sum);

@@ -84,6 +84,8 @@ def test_matmul_against_float64_and_between_instruction_sets(kind: Kind) -> None
         (48, 577, 2),
         (63, 31, 12),
         (80, 320, 50),
+        (34, 1060, 21),  # several chunks of columns, the last one short
+        (32, 40, 519),  # more than one panel of tokens
     ]:
         spec, packed = make(kind, n, k, seed=n)
         weight = native_weight(spec, packed)

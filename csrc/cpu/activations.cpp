@@ -15,8 +15,7 @@ Activations::Activations(int max_tok, int max_columns, const Kernels& kernels, T
   reordered_.resize(static_cast<size_t>(pool.threads()) * max_columns);
   const size_t padded = static_cast<size_t>(round_up(max_columns, kColumnPad)), tok = static_cast<size_t>(max_tok);
   normed_.resize(tok * padded);
-  q_.resize(tok * (padded + kRowSkew));
-  blocks_.resize(tok * (padded / 32 + kBlockSkew));
+  blocks_.resize(tok * (padded / 32 + kRowSkew));
   sum32_.resize(tok * padded / 32);
   sum64_.resize(tok * (padded / 64 + 1));
   sum128_.resize(tok * (padded / 128 + 1));
@@ -33,7 +32,7 @@ void sum_groups(const XBlock* x, int blocks, int per_group, float* out) {
 
 void Activations::sum_row_groups(int m, int group, std::vector<float>& sums) {
   const int64_t groups = (K_ + group - 1) / group;
-  sum_groups(blocks_.data() + m * ld_blocks_, Kp_ / 32, group / 32, sums.data() + m * groups);
+  sum_groups(blocks_.data() + m * ld_, Kp_ / 32, group / 32, sums.data() + m * groups);
 }
 
 void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps) {
@@ -49,7 +48,7 @@ void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* o
     for (int k = 0; k < K_; k++) reordered[k] = row[order[k]];
     row = reordered;
   }
-  kernels_.quantize_row(row, K_, q_.data() + m * ld_q_, blocks_.data() + m * ld_blocks_);
+  kernels_.quantize_row(row, K_, blocks_.data() + m * ld_);
 }
 
 void Activations::set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products,
@@ -59,8 +58,7 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
   M_ = M;
   K_ = K;
   Kp_ = static_cast<int>(round_up(K, kColumnPad));
-  ld_q_ = Kp_ + kRowSkew;
-  ld_blocks_ = Kp_ / 32 + kBlockSkew;
+  ld_ = Kp_ / 32 + kRowSkew;
   rows_ = norm ? normed_.data() : x;
   ld_rows_ = norm ? K : ldx;
   bool quantize = false;
@@ -83,7 +81,7 @@ MatmulArgs Activations::arguments(const Product& p) const {
   MatmulArgs a{};
   a.w = view(*p.w);
   a.M = M_;
-  a.xq = {q_.data(), ld_q_, blocks_.data(), ld_blocks_, nullptr};
+  a.xq = {blocks_.data(), ld_, nullptr};
   if (info(p.w->format).has_offset) {
     a.xq.group_sum = (p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_).data();
   }

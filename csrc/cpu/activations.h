@@ -13,8 +13,7 @@
 namespace pyllama {
 namespace cpu {
 
-// Between rows of int8 and of their blocks, so that rows of 2^n columns do not share the sets of a cache: 64 bytes.
-constexpr int kRowSkew = 64, kBlockSkew = 4;
+constexpr int kRowSkew = 4;  // blocks between int8 rows, so that rows of 2^n columns do not share the sets of a cache
 
 WeightView view(const Weight& w);
 
@@ -52,7 +51,7 @@ class Activations {
   const Kernels& kernels_;
   ThreadPool& pool_;
   int M_ = 0, K_ = 0, Kp_ = 0;
-  int64_t ld_q_ = 0, ld_blocks_ = 0;
+  int64_t ld_ = 0;
   const float* source_ = nullptr;
   int64_t ld_source_ = 0;
   const float* rows_ = nullptr;  // [M][ld_rows_]: the source, or its normed copy
@@ -60,8 +59,7 @@ class Activations {
   const int max_columns_;
   std::vector<float> reordered_;               // per thread [max_columns]
   Scratch<float> normed_;                      // [max_tok][max_columns]
-  Scratch<int8_t> q_;                          // [M][ld_q_]
-  std::vector<XBlock> blocks_;                 // [M][ld_blocks_]
+  Scratch<XBlock> blocks_;                     // [M][ld_]
   std::vector<float> sum32_, sum64_, sum128_;  // [M][ceil(K/group)] sums of q·scale
 };
 

@@ -40,25 +40,23 @@ Head::Head(const Config& config, const ModelWeights& weights, int max_rows, cons
   scratch_.resize(static_cast<size_t>(pool.threads()) * kRows * digits_ * kTaskTiles * kTileRows);
   if (!quantized_) return;
   left_.resize(static_cast<size_t>(pool.threads()) * config.dim);
-  q_.resize(rows * (w_.Kp() + kRowSkew));
-  blocks_.resize(rows * (w_.Kp() / 32 + kBlockSkew));
+  blocks_.resize(rows * (w_.Kp() / 32 + kRowSkew));
   if (info(w_.format).has_offset) group_sum_.resize(rows * w_.groups());
 }
 
-void Head::prepare_row(const float* x, int m, float* left) {
-  const int dim = config_.dim, Kp = w_.Kp(), blocks = Kp / 32;
+void Head::prepare_row(const float* source, int m, float* left) {
+  const int dim = config_.dim, blocks = w_.Kp() / 32;
   float* row = normed_.data() + static_cast<int64_t>(m) * dim;
-  kernels_.rmsnorm(x, norm_.vector(), dim, config_.norm_eps, row);
+  kernels_.rmsnorm(source, norm_.vector(), dim, config_.norm_eps, row);
   if (!quantized_) return;
   for (int k = 0; k < dim; k++) left[k] = row[w_.input_order ? w_.input_order[k] : k];
   for (int d = 0; d < digits_; d++) {
     const int64_t r = static_cast<int64_t>(m) * digits_ + d;
-    int8_t* q = q_.data() + r * (Kp + kRowSkew);
-    XBlock* x_blocks = blocks_.data() + r * (blocks + kBlockSkew);
-    kernels_.quantize_row(left, dim, q, x_blocks);
-    if (!group_sum_.empty()) sum_groups(x_blocks, blocks, w_.group / 32, group_sum_.data() + r * w_.groups());
+    XBlock* x = blocks_.data() + r * (blocks + kRowSkew);
+    kernels_.quantize_row(left, dim, x);
+    if (!group_sum_.empty()) sum_groups(x, blocks, w_.group / 32, group_sum_.data() + r * w_.groups());
     for (int k = 0; d + 1 < digits_ && k < dim; k++) {
-      left[k] = std::fma(-static_cast<float>(q[k]), x_blocks[k / 32].scale, left[k]);
+      left[k] = std::fma(-static_cast<float>(x[k / 32].q[k % 32]), x[k / 32].scale, left[k]);
     }
   }
 }
@@ -76,9 +74,8 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
     a.M = count * digits_;
     a.x = normed_.data() + static_cast<int64_t>(m0) * config_.dim;
     if (quantized_) {
-      const int64_t ldq = w_.Kp() + kRowSkew, ldx = blocks + kBlockSkew;
-      a.xq = {q_.data() + row * ldq, ldq, blocks_.data() + row * ldx, ldx,
-              group_sum_.empty() ? nullptr : group_sum_.data() + row * w_.groups()};
+      const int64_t ld = blocks + kRowSkew;
+      a.xq = {blocks_.data() + row * ld, ld, group_sum_.empty() ? nullptr : group_sum_.data() + row * w_.groups()};
     }
     kernels_.matmul(a, 0, tile_end - tile_begin);
     for (int m = 0; m < count; m++) {

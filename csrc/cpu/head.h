@@ -33,8 +33,7 @@ class Head {
   const bool quantized_;
   const int digits_;              // int8 rows per token
   Scratch<float> normed_;         // [max_rows][dim]
-  Scratch<int8_t> q_;             // [max_rows * digits][ld]
-  std::vector<XBlock> blocks_;    // [max_rows * digits][ld]
+  Scratch<XBlock> blocks_;        // [max_rows * digits][ld]
   std::vector<float> group_sum_;  // [max_rows * digits][groups]; for formats with an offset
   std::vector<float> scratch_;    // per thread [kRows * digits][rows of a task]
   std::vector<float> left_;       // per thread [dim]: what a row's digits have still to express

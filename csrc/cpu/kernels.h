@@ -15,21 +15,20 @@ constexpr int kKeyBlock = 16;      // keys interleaved in a page: one vector lan
 constexpr int kSplitTok = 512;     // keys of one attention split; partial results are combined in ascending order
 constexpr int kMaxQueryRows = 96;  // (token, head) rows that share one read of keys and values; even
 
-// What 32 columns of a token bring into a product beside their int8 values.
+// 32 columns of one token: x[k] ≈ q[k] * scale. All that a product reads of them lies side by side.
 struct XBlock {
   float scale;       // 0, or of at most 22 significant bits, so that 1.5·2^23·scale is exact; NaN poisons the block
   float shift;       // -1.5·2^23·scale
   int32_t start[2];  // kDotOrigin - bias · Σ q, for codes stored with a bias of 8 and of 128
+  int8_t q[32];      // in -127…127, zeros behind the last column
 };
 constexpr int32_t kDotOrigin =
     0x4b400000;  // the bits of 1.5·2^23; kDotOrigin + n are those of 1.5·2^23 + n, |n| < 2^22
 
-// Activations of M tokens as int8 with one float scale per 32 columns: x[m][k] ≈ q[m][k] * blocks[m][k/32].scale.
+// Activations of M tokens.
 struct QuantX {
-  const int8_t* q;  // [M][ldq], in -127…127, zeros from K to Kp
-  int64_t ldq;      // at least Kp; not a multiple of 2048, or rows fall into the same sets of the first-level cache
-  const XBlock* blocks;    // [M][ld_blocks]
-  int64_t ld_blocks;       // at least Kp/32
+  const XBlock* blocks;    // [M][ld]
+  int64_t ld;              // at least Kp/32, plus what keeps rows out of each other's sets of the first-level cache
   const float* group_sum;  // [M][groups]: sums of q*scale over the weight's groups; only for formats with an offset
 };
 
@@ -85,8 +84,7 @@ static inline size_t attend_scratch(int rows, int head_dim, int wide) {
 
 struct Kernels {
   const char* isa;
-  // One row: x [K] → q [Kp], blocks [Kp/32].
-  void (*quantize_row)(const float* x, int K, int8_t* q, XBlock* blocks);
+  void (*quantize_row)(const float* x, int K, XBlock* blocks);  // one row: x [K] → blocks [Kp/32]
   void (*matmul)(const MatmulArgs& a, int tile_begin, int tile_end);
   // y = x / sqrt(mean(x²) + eps) · w
   void (*rmsnorm)(const float* x, const float* w, int dim, float eps, float* y);

@@ -124,6 +124,7 @@ constexpr int kPanelBlock = 2;
 
 #endif
 constexpr int kDirectRegs = 2;  // registers of rows when there are few tokens
+constexpr int kRegisterSums = 4;
 constexpr int kPanelRegs = 2;
 constexpr int kBlockRegs = 2;
 constexpr int kFewAccs = 12;

@@ -96,6 +96,7 @@ inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return _mm512_dpb
 constexpr int kTokBlock = 8;
 constexpr int kPanelBlock = 6;
 constexpr int kDirectRegs = 2;  // registers of rows when there are few tokens
+constexpr int kRegisterSums = 12;
 constexpr int kPanelRegs = 2;
 constexpr int kBlockRegs = 4;
 constexpr int kFewAccs = 16;

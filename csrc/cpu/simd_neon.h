@@ -95,6 +95,7 @@ inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) { return dot_s(acc,
 constexpr int kTokBlock = 4;
 constexpr int kPanelBlock = 3;
 constexpr int kDirectRegs = 4;
+constexpr int kRegisterSums = 12;
 constexpr int kPanelRegs = 4;
 constexpr int kBlockRegs = 4;
 constexpr int kFewAccs = 16;

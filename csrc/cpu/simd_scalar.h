@@ -198,11 +198,12 @@ inline VI dot4(VI acc, const W& w, const int8_t* a, int k) {
 inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) { return dot4(acc, w, a, k); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return dot4(acc, w, a, k); }
 
-constexpr int kTokBlock = 4;    // tokens that share a weight register when there are few
-constexpr int kPanelBlock = 2;  // tokens × kPanelRegs accumulators when there are many
-constexpr int kDirectRegs = 1;  // registers of rows when there are few tokens
-constexpr int kPanelRegs = 1;   // registers of rows
-constexpr int kBlockRegs = 1;   // attention: registers beside 6 rows of accumulators when there are many rows
-constexpr int kFewAccs = 4;     // attention: accumulators when there are few
+constexpr int kTokBlock = 4;      // tokens that share a weight register when there are few
+constexpr int kPanelBlock = 2;    // tokens × kPanelRegs accumulators when there are many
+constexpr int kDirectRegs = 1;    // registers of rows when there are few tokens
+constexpr int kRegisterSums = 8;  // registers of sums that fit beside those of the dot products
+constexpr int kPanelRegs = 1;     // registers of rows
+constexpr int kBlockRegs = 1;     // attention: registers beside 6 rows of accumulators when there are many rows
+constexpr int kFewAccs = 4;       // attention: accumulators when there are few
 
 }  // namespace
