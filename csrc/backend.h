@@ -63,6 +63,7 @@ struct CpuOptions {
   int threads = 0;       // 0: one per physical core that affinity and cgroup allow
   const char* isa = "";  // "": the best one; else a name from cpu_all_isas()
   int max_batch_tok = 512;
+  const char* kv_dtype = "f16";  // of the key/value cache: "f16" or "q8"
 };
 std::unique_ptr<Backend> make_cpu_backend(const Config&, const ModelWeights&, const CpuOptions&);
 

@@ -251,7 +251,7 @@ struct PyModel {
 };
 
 std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& weights, int threads,
-                                       const std::string& isa, int max_batch_tok) {
+                                       const std::string& isa, int max_batch_tok, const std::string& kv_dtype) {
   check<std::invalid_argument>(threads >= 0 && threads <= 1024, "threads is ", threads,
                                ", expected 0 (automatic) to 1024");
   check<std::invalid_argument>(max_batch_tok >= 1 && max_batch_tok <= 65536, "max_batch_tok is ", max_batch_tok,
@@ -269,6 +269,7 @@ std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& w
   CpuOptions options;
   options.threads = self->threads;
   options.isa = self->isa.c_str();
+  options.kv_dtype = kv_dtype.c_str();
   options.max_batch_tok = max_batch_tok;
   self->model =
       std::make_unique<Model>(read_config(config), tensors, tied,
@@ -404,7 +405,7 @@ void bind_model(py::module_& m) {
   model.attr("PAGE_TOK") = kPageTok;
   model
       .def(py::init(&make_py_model), py::arg("config"), py::arg("weights"), py::kw_only(), py::arg("threads") = 0,
-           py::arg("isa") = "", py::arg("max_batch_tok") = 512)
+           py::arg("isa") = "", py::arg("max_batch_tok") = 512, py::arg("kv_dtype") = "f16")
       .def_readonly("threads", &PyModel::threads)
       .def_readonly("isa", &PyModel::isa)
       .def_property_readonly("max_batch_tok", [](const PyModel& self) { return self.model->backend().max_batch_tok(); })

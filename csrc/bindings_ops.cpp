@@ -112,7 +112,8 @@ Floats dequantize_row(const PyWeight& pw, int row) {
 }
 
 // Causal attention of n_tok queries that stand at positions pos … pos + n_tok - 1 over pos + n_tok keys.
-Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, const std::string& isa, int threads) {
+Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, const std::string& isa, int threads,
+                 const std::string& kv_dtype) {
   need(q.ndim() == 3 && k.ndim() == 3 && v.ndim() == 3,
        "q [n_tok, n_heads, head_dim], k and v [keys, n_kv_heads, head_dim]");
   Config c;
@@ -132,7 +133,7 @@ Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, con
   FloatEnvironment environment;
   const cpu::Kernels& kernels = kernels_for(isa);
   ThreadPool pool(std::max(1, threads));
-  cpu::Attention attention(c, kernels, pool);
+  cpu::Attention attention(c, cpu::kv_type(kv_dtype), kernels, pool);
   const cpu::PageLayout& layout = attention.layout();
   std::vector<std::vector<uint8_t>> storage(static_cast<size_t>((keys + kPageTok - 1) / kPageTok));
   std::vector<uint8_t*> pages;
@@ -146,7 +147,7 @@ Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, con
     for (int h = 0; h < c.n_kv_heads; h++) {
       const int64_t at = (static_cast<int64_t>(t) * c.n_kv_heads + h) * c.head_dim;
       uint8_t* block = pages[static_cast<size_t>(t / kPageTok)] + layout.head_offset(0, h);
-      kernels.append_kv(k_data + at, v_data + at, c.head_dim, block, block + layout.value_offset, t % kPageTok);
+      kernels.append_kv(k_data + at, v_data + at, layout.head, block, t % kPageTok);
     }
   }
   const Span span{0, n_tok, pos, ids.data()};
@@ -174,7 +175,7 @@ void bind_ops(py::module_& module) {
   ops.def("exp", &exp, py::arg("x"), isa, "float32 [n].");
   ops.def("dequantize_row", &dequantize_row, py::arg("weight"), py::arg("row"), "One row as float32 [K].");
   ops.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("pos"), isa,
-          py::arg("threads") = 1,
+          py::arg("threads") = 1, py::arg("kv_dtype") = "f16",
           "Causal attention; q [n_tok, n_heads, head_dim], k and v [pos + n_tok, n_kv_heads, head_dim].");
 }
 

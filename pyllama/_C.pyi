@@ -55,6 +55,7 @@ class Model:
     """Weights and a backend: immutable, shared by all sequences. `step` may be called from one thread at a time (it locks)."""
     def __init__(
         self, config: dict[str, Any], weights: dict[str, Weight], *, threads: int = 0, isa: str = "", max_batch_tok: int = 512,
+        kv_dtype: str = "f16",
     ) -> None: ...
     # config: dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size max_seq_len norm_eps
     #         rope_inv_freq (float32 [head_dim/2]) rope_attention_factor tied_embeddings
@@ -112,7 +113,7 @@ class ops:
     def dequantize_row(weight: Weight, row: int) -> NDArray[np.float32]: ...   # [K]
     @staticmethod
     def attention(
-        q: ArrayLike, k: ArrayLike, v: ArrayLike, pos: int, isa: str = "", threads: int = 1,
+        q: ArrayLike, k: ArrayLike, v: ArrayLike, pos: int, isa: str = "", threads: int = 1, kv_dtype: str = "f16",
     ) -> NDArray[np.float32]:
         """Causal: q [n_tok, n_heads, head_dim] at positions pos…, k and v [pos + n_tok, n_kv_heads, head_dim]."""
     @overload

@@ -39,7 +39,8 @@ class LLM:
     "demo". `device`: "auto" or "cpu". `n_ctx`: tokens of prompt and reply together, by default all that the model was
     made for. `threads`: by default one per physical core that this process may use. `mmap=False` reads the weights
     instead of mapping them (a mapped file must not shrink while it is used). `format`: what a foreign checkpoint is
-    converted to.
+    converted to. `kv_dtype`: what keys and values are kept in, "f16", or "q8" for about half the memory
+    at a small loss of precision.
 
     `speculative="lookup"` guesses tokens from earlier places of the same text, `draft` (another path) names a smaller
     model with the same vocabulary that guesses; either way several guesses are verified per step: the same replies to
@@ -66,9 +67,11 @@ class LLM:
         prefix_cache_tokens: int | None = None,
         speculative: str | None = None,
         draft: str | PathLike[str] | None = None,
+        kv_dtype: str = "f16",
     ) -> None:
         _check_device(device)
         _check_speculative(speculative, draft)
+        _check_kv_dtype(kv_dtype)
         _check_count("n_ctx", n_ctx)
         _check_count("threads", threads)
         _check_count("prefix_cache_tokens", prefix_cache_tokens)
@@ -76,7 +79,7 @@ class LLM:
         cache = prefix_cache_tokens if enable_prefix_caching else 0
         opened = open_model(path, mmap=mmap, format=format)
         guide = open_model(draft, mmap=mmap) if draft is not None else None
-        self._start(opened, n_ctx, threads, cache, speculative, guide)
+        self._start(opened, n_ctx, threads, cache, speculative, guide, kv_dtype=kv_dtype)
 
     @classmethod
     def _from_opened(
@@ -387,6 +390,11 @@ def _check_speculative(speculative: str | None, draft: str | PathLike[str] | Non
         raise ValueError(f'speculative={speculative!r}: expected "lookup" or None')
     if speculative is not None and draft is not None:
         raise ValueError(f"speculative={speculative!r} and draft={str(draft)!r}: give one of them, both guess tokens")
+
+
+def _check_kv_dtype(kv_dtype: str) -> None:
+    if kv_dtype not in ("f16", "q8"):
+        raise ValueError(f'kv_dtype={kv_dtype!r}: expected "f16" or "q8"')
 
 
 def _check_count(name: str, value: int | None) -> None:

@@ -165,6 +165,26 @@ def test_instruction_sets(same: Any, isa: str) -> None:
     assert np.array_equal(all_logits(model, tokens[:20], [1] * 20), expected[:20])
 
 
+def test_a_cache_of_bytes() -> None:
+    """kv_dtype="q8": near the f16 cache's logits, in 17/32 of its memory; the same bits however computed."""
+    small = small_model(Shape(n_heads=8, n_kv_heads=2, head_dim=32, max_seq_len=700), Kind("f32"))
+    tokens = random_tokens(small, 600)
+    halves, model = small.model(), small.model(threads=1, kv_dtype="q8")
+    assert model.page_bytes * 64 == halves.page_bytes * 34
+    expected = all_logits(model, tokens, [300, 300])
+    f16 = all_logits(halves, tokens, [300, 300])
+    assert 0 < np.abs(expected - f16).max() < 0.02 * np.abs(f16).max()
+    assert np.array_equal(all_logits(model, tokens, [7, 64, 1, 1, 450, 77]), expected)
+    assert np.array_equal(all_logits(model, tokens[:80], [1] * 80), expected[:80])
+    for isa in _C.isas():
+        other = small.model(threads=3, isa=isa, kv_dtype="q8")
+        assert np.array_equal(all_logits(other, tokens, [512, 88]), expected)
+    a, b = model.sequence(), model.sequence()
+    both = model.step([(a, tokens[:200], None, "all"), (b, tokens[:90], None, "all")])
+    assert np.array_equal(both[0].logits, expected[:200])
+    assert np.array_equal(both[1].logits, expected[:90])
+
+
 def test_several_sequences_in_one_step(same: Any) -> None:
     _, model, tokens, _ = same
     texts = [tokens[:70], tokens[70:71], tokens[71:80], tokens[80:150]]
@@ -570,6 +590,8 @@ def test_many_threads_share_a_model() -> None:
 def test_the_isa_and_the_threads_that_are_not_there(plain: SmallModel) -> None:
     with pytest.raises(ValueError, match="avx2000"):
         plain.model(isa="avx2000")
+    with pytest.raises(ValueError, match="kv_dtype='q4': expected f16 or q8"):
+        plain.model(kv_dtype="q4")
     with pytest.raises(ValueError, match="threads is -1"):
         plain.model(threads=-1)
     with pytest.raises(ValueError, match="max_batch_tok is 0"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -293,11 +293,30 @@ def test_norm_rope_and_swiglu(isa: str) -> None:
         assert same(r, ops.rope(x, cos, sin, isa="scalar"))
 
 
-def attention_oracle(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], pos: int) -> NDArray[np.float64]:
+def in_cache(x: NDArray[Any], kv_dtype: str) -> NDArray[np.float64]:
+    """Keys or values [n_tok, heads, head_dim] as the cache holds them."""
+    if kv_dtype == "f16":
+        return x.astype(np.float16).astype(np.float64)
+    out = np.empty(x.shape, np.float64)
+    for d in range(0, x.shape[2], 32):
+        part = x[:, :, d : d + 32]
+        wanted = np.abs(part).max(axis=2, keepdims=True) / np.float32(127)
+        scale = np.minimum(wanted, np.float32(65504)).astype(np.float16)
+        below = (scale.astype(np.float32) < wanted) & (scale < 65504)
+        scale = np.where(below, np.nextafter(np.minimum(scale, np.float16(65472)), np.float16(np.inf)), scale)
+        scale = scale.astype(np.float32)
+        codes = np.rint(np.clip(part * (1 / np.where(scale > 0, scale, np.inf)).astype(np.float32), -127, 127))
+        out[:, :, d : d + 32] = codes.astype(np.float64) * scale
+    return out
+
+
+def attention_oracle(
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], pos: int, kv_dtype: str = "f16"
+) -> NDArray[np.float64]:
     n_tok, n_heads, head_dim = q.shape
     group = n_heads // k.shape[1]
-    k64 = np.repeat(k.astype(np.float16).astype(np.float64), group, axis=1)
-    v64 = np.repeat(v.astype(np.float16).astype(np.float64), group, axis=1)
+    k64 = np.repeat(in_cache(k, kv_dtype), group, axis=1)
+    v64 = np.repeat(in_cache(v, kv_dtype), group, axis=1)
     scores = np.einsum("thd,khd->htk", q.astype(np.float64), k64) / np.sqrt(head_dim)
     scores[:, np.arange(n_tok)[:, None] + pos < np.arange(pos + n_tok)[None, :]] = -np.inf
     p = np.exp(scores - scores.max(axis=2, keepdims=True))
@@ -317,45 +336,93 @@ SHAPES = [  # n_tok, pos, n_heads, n_kv_heads, head_dim
     (2, 100, 5, 1, 80),  # 10 rows: blocks of 6 and 4
     (7, 90, 3, 3, 96),  # 7 rows, made even
     (130, 450, 1, 1, 24),  # two tiles of rows, the second sees one split more
-    (40, 1000, 8, 1, 48),  # 320 rows over three splits
+    (15, 1000, 8, 1, 48),  # 120 rows over two splits
 ]
 
 
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention(shape: tuple[int, int, int, int, int]) -> None:
+def test_attention(shape: tuple[int, int, int, int, int], kv_dtype: str) -> None:
     n_tok, pos, n_heads, n_kv_heads, head_dim = shape
     rng = np.random.default_rng(8)
     q = (2 * rng.standard_normal((n_tok, n_heads, head_dim))).astype(np.float32)
     k, v = rng.standard_normal((2, pos + n_tok, n_kv_heads, head_dim)).astype(np.float32)
-    want = attention_oracle(q, k, v, pos)
-    first = ops.attention(q, k, v, pos, isa="scalar", threads=1)
+    want = attention_oracle(q, k, v, pos, kv_dtype)
+    first = ops.attention(q, k, v, pos, isa="scalar", threads=1, kv_dtype=kv_dtype)
     # scores carry head_dim roundings, weights a relative error of about that, sums one for each key
     bound = (2 * head_dim + 64 + 8) * 4 * EPS * np.abs(v).max() * (1 + np.abs(q).max())
+    if kv_dtype == "q8":
+        # Two digits leave max|q| / 127 / 254 / 2 of a query, so a score is off by that times Σ|k| / √head_dim, a weight
+        # relatively by that, and an output by that times twice the largest value.
+        off = np.abs(q).max() / 127 / 254 / 2 * np.abs(k).sum(axis=2).max() / np.sqrt(head_dim)
+        bound += 2 * np.abs(v).max() * off
     assert np.abs(first - want).max() <= bound
     for isa in ISAS:
-        for threads in (1, 2, 3):
-            assert same(ops.attention(q, k, v, pos, isa=isa, threads=threads), first), (isa, threads)
+        for threads in (1, 3):
+            again = ops.attention(q, k, v, pos, isa=isa, threads=threads, kv_dtype=kv_dtype)
+            assert same(again, first), (isa, threads)
     # Queries give the bits among others that they give in a step of their own.
-    assert same(ops.attention(q[-1:], k, v, pos + n_tok - 1), first[-1:])
+    assert same(ops.attention(q[-1:], k, v, pos + n_tok - 1, kv_dtype=kv_dtype), first[-1:])
     half = n_tok // 2
     if half:
-        assert same(ops.attention(q[:half], k[: pos + half], v[: pos + half], pos, threads=2), first[:half])
+        begin = ops.attention(q[:half], k[: pos + half], v[: pos + half], pos, threads=2, kv_dtype=kv_dtype)
+        assert same(begin, first[:half])
+
+
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_attention_property(data: st.DataObject) -> None:
+    """Any cut of the rows, any head_dim, any group, on any instruction set: the scalar kernels' bits."""
+    n_tok, pos = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([0, 1, 50, 63, 64, 65, 130, 511, 513]))
+    group, head_dim = data.draw(st.integers(1, 9)), 2 * data.draw(st.integers(1, 70))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    size = np.float32(10.0 ** data.draw(st.integers(-8, 3)))
+    q = rng.standard_normal((n_tok, group, head_dim)).astype(np.float32)
+    k, v = size * rng.standard_normal((2, pos + n_tok, 1, head_dim)).astype(np.float32)
+    for kv_dtype in ("f16", "q8"):
+        want = ops.attention(q, k, v, pos, isa="scalar", kv_dtype=kv_dtype)
+        isa, cut = data.draw(st.sampled_from(ISAS)), data.draw(st.integers(1, n_tok))
+        assert same(ops.attention(q, k, v, pos, isa=isa, threads=2, kv_dtype=kv_dtype), want)
+        part = ops.attention(q[:cut], k[: pos + cut], v[: pos + cut], pos, isa=isa, kv_dtype=kv_dtype)
+        assert same(part, want[:cut])
+
+
+def test_the_q8_cache_keeps_its_grid() -> None:
+    """One key: the output is that value as the cache holds it, for sizes beyond both ends of half precision."""
+    rng = np.random.default_rng(11)
+    for size in (1e-9, 1e-6, 1e-4, 1.0, 1e4, 1e9):
+        v = (size * rng.standard_normal((1, 3, 40))).astype(np.float32)
+        v[0, 2] = 0
+        want = in_cache(v, "q8")
+        assert size < 1e6 or np.abs(want).max() == 127 * 65504
+        for isa in ISAS:
+            o = ops.attention(np.ones_like(v), v, v, 0, isa=isa, kv_dtype="q8")
+            assert (o == want).all(), (isa, size)
+
+
+def test_an_unknown_cache_type_is_an_error() -> None:
+    x = np.zeros((1, 1, 8), np.float32)
+    with pytest.raises(ValueError, match="kv_dtype='q4': expected f16 or q8"):
+        ops.attention(x, x, x, 0, kv_dtype="q4")
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("n_tok", [1, 5], ids=["few rows", "many rows"])
-def test_attention_does_not_hide_what_is_not_a_number(isa: str, bad: float, n_tok: int) -> None:
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+def test_attention_does_not_hide_what_is_not_a_number(isa: str, bad: float, n_tok: int, kv_dtype: str) -> None:
     rng = np.random.default_rng(10)
     for position in (0, 69):
         for which in range(3):
             q = rng.standard_normal((n_tok, 2, 16)).astype(np.float32)
             k, v = rng.standard_normal((2, 70 + n_tok, 1, 16)).astype(np.float32)
             (q if which == 0 else k if which == 1 else v)[0 if which == 0 else position, 0, 3] = bad
-            o = ops.attention(q, k, v, 70, isa=isa)
+            o = ops.attention(q, k, v, 70, isa=isa, kv_dtype=kv_dtype)
             touched = o[0, 0] if which == 0 else o if which == 1 else o[:, :, 3]
             assert not np.isfinite(touched).any(), (position, which)
-            assert np.isfinite(o[:, 1] if which == 0 else o[:, :, 4:] if which == 2 else 0).all(), (position, which)
+            assert np.isfinite(
+                o[:, 1] if which == 0 else o[:, :, 4:] if which == 2 and kv_dtype == "f16" else 0
+            ).all(), (position, which)
 
 
 def test_attention_with_huge_scores_and_values() -> None:

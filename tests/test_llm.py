@@ -298,11 +298,18 @@ def test_bad_options(tiny: LLM) -> None:
 def test_bad_arguments_of_opening() -> None:
     with pytest.raises(DeviceError, match="this build has no CUDA backend"):
         LLM("demo", device="cuda")
-    for options in ({"device": "tpu"}, {"n_ctx": 0}, {"threads": -1}, {"threads": True}, {"format": "q3"}):
+    for options in (
+        {"device": "tpu"},
+        {"n_ctx": 0},
+        {"threads": -1},
+        {"threads": True},
+        {"format": "q3"},
+        {"kv_dtype": "q4"},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             LLM("demo", **options)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="kv_dtype"):
-        LLM("demo", kv_dtype="q8")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="gpu_layers"):
+        LLM("demo", gpu_layers=3)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="at most 256"):
         tiny_llm(n_ctx=257)
 

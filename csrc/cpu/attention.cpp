@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 namespace pyllama {
 namespace cpu {
@@ -22,15 +23,43 @@ int made_even(int rows) { return rows + rows % 2; }
 
 }  // namespace
 
-PageLayout::PageLayout(const Config& config)
-    : n_kv_heads(config.n_kv_heads), wide(static_cast<int>(round_up(config.head_dim, 16))) {
-  value_offset = static_cast<int64_t>(kPageTok) * config.head_dim * 2;
-  head_bytes = value_offset + static_cast<int64_t>(kPageTok) * wide * 2;
-  page_bytes = head_offset(config.n_layers, 0);
+KvLayout kv_layout(KvType type, int head_dim) {
+  KvLayout l{};
+  l.type = type;
+  l.head_dim = head_dim;
+  l.wide = static_cast<int>(round_up(head_dim, 16));
+  l.quads = (head_dim + 3) / 4;
+  l.groups = (head_dim + 31) / 32;
+  const int64_t scales = int64_t{2} * kPageTok * l.groups;
+  if (type == KvType::f16) {
+    l.values = int64_t{2} * kPageTok * head_dim;
+    l.bytes = l.values + int64_t{2} * kPageTok * l.wide;
+  } else {
+    l.key_scales = int64_t{4} * kPageTok * l.quads;
+    l.values = l.key_scales + scales;
+    l.value_scales = l.values + static_cast<int64_t>(kPageTok) * l.wide;
+    l.bytes = l.value_scales + scales;
+  }
+  return l;
 }
 
-Attention::Attention(const Config& config, const Kernels& kernels, ThreadPool& pool)
-    : config_(config), kernels_(kernels), pool_(pool), layout_(config), group_(config.n_heads / config.n_kv_heads) {}
+KvType kv_type(const std::string& name) {
+  if (name == "f16") return KvType::f16;
+  if (name == "q8") return KvType::q8;
+  throw std::invalid_argument("kv_dtype='" + name + "': expected f16 or q8");
+}
+
+PageLayout::PageLayout(const Config& config, KvType type)
+    : head(kv_layout(type, config.head_dim)),
+      n_kv_heads(config.n_kv_heads),
+      page_bytes(head_offset(config.n_layers, 0)) {}
+
+Attention::Attention(const Config& config, KvType type, const Kernels& kernels, ThreadPool& pool)
+    : config_(config),
+      kernels_(kernels),
+      pool_(pool),
+      layout_(config, type),
+      group_(config.n_heads / config.n_kv_heads) {}
 
 void Attention::cut(const Step& step, int tile_rows) {
   tiles_.clear();
@@ -66,7 +95,7 @@ void Attention::plan(const Step& step) {
     most_rows = std::max(most_rows, tile.rows);
   }
   slot_rows_ = made_even(most_rows);
-  const int64_t slot_size = static_cast<int64_t>(slot_rows_) * (layout_.wide + 2);
+  const int64_t slot_size = static_cast<int64_t>(slot_rows_) * (layout_.head.wide + 2);
   const int n_tiles = static_cast<int>(tiles_.size());
   apart_ = most_splits > 1 && threads > 1 && n_tiles < kTilesPerThread * threads && splits * slot_size <= kMaxPartials;
   tasks_.clear();
@@ -77,7 +106,7 @@ void Attention::plan(const Step& step) {
   }
   partials_.resize(static_cast<size_t>(slot_size * (apart_ ? splits : threads)));
   scratch_size_ = static_cast<size_t>(slot_rows_) * static_cast<size_t>(config_.head_dim) +
-                  attend_scratch(slot_rows_, config_.head_dim, layout_.wide);
+                  attend_scratch(slot_rows_, layout_.head);
   scratch_.resize(scratch_size_ * static_cast<size_t>(threads));
   if (apart_ && n_unfinished_ < tiles_.size()) {
     unfinished_ = std::make_unique<std::atomic<int>[]>(tiles_.size());
@@ -97,7 +126,7 @@ int Attention::row_limit(const Tile& tile, int r) const { return step_->spans[ti
 
 Attention::Partial Attention::partial(int64_t slot) {
   const int64_t rows = slot_rows_;
-  float* max = partials_.data() + slot * rows * (layout_.wide + 2);
+  float* max = partials_.data() + slot * rows * (layout_.head.wide + 2);
   return {max, max + rows, max + 2 * rows};
 }
 
@@ -125,10 +154,7 @@ void Attention::attend(const Tile& tile, int split, const Partial& result, int t
   a.pages = pages_;
   a.page_ids = step_->spans[tile.span].pages;
   a.head_offset = layout_.head_offset(layer_, tile.kv_head);
-  a.head_bytes = layout_.head_bytes;
-  a.value_offset = layout_.value_offset;
-  a.head_dim = config_.head_dim;
-  a.wide = layout_.wide;
+  a.layout = layout_.head;
   a.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
   a.max = result.max;
   a.sum = result.sum;
@@ -139,10 +165,10 @@ void Attention::attend(const Tile& tile, int split, const Partial& result, int t
 
 // Slots of a tile lie behind one another; n_slots 1 when the splits are folded already.
 void Attention::combine(const Tile& tile, const Partial& first, int n_slots, float* o) {
-  const int64_t stride = static_cast<int64_t>(slot_rows_) * (layout_.wide + 2);
+  const int64_t stride = static_cast<int64_t>(slot_rows_) * (layout_.head.wide + 2);
   for (int r = 0; r < tile.rows; r++) {
     const int seen = (row_limit(tile, r) + kSplitTok - 1) / kSplitTok;  // a row leaves out splits it sees nothing of
-    kernels_.combine(first.max + r, first.sum + r, first.out + static_cast<int64_t>(r) * layout_.wide, stride,
+    kernels_.combine(first.max + r, first.sum + r, first.out + static_cast<int64_t>(r) * layout_.head.wide, stride,
                      std::min(n_slots, seen), config_.head_dim, o + row_offset(tile, r));
   }
 }

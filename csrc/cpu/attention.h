@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "../backend.h"
@@ -14,23 +15,24 @@
 namespace pyllama {
 namespace cpu {
 
-// A page holds, for each layer and key/value head, a block: the head's keys, then its values.
+KvLayout kv_layout(KvType type, int head_dim);
+KvType kv_type(const std::string& name);  // "f16" or "q8"; std::invalid_argument otherwise
+
+// A page holds one block after another: the key/value heads of layer 0, of layer 1, …
 struct PageLayout {
-  explicit PageLayout(const Config& config);
-  int64_t head_offset(int layer, int head) const {
-    return (static_cast<int64_t>(layer) * n_kv_heads + head) * head_bytes;
+  PageLayout(const Config& config, KvType type);
+  int64_t head_offset(int layer, int kv_head) const {
+    return (static_cast<int64_t>(layer) * n_kv_heads + kv_head) * head.bytes;
   }
 
+  KvLayout head;
   int n_kv_heads;
-  int wide;              // head_dim rounded up to 16: what a row of values takes
-  int64_t value_offset;  // of the values within a block
-  int64_t head_bytes;    // one block
   int64_t page_bytes;
 };
 
 class Attention {
  public:
-  Attention(const Config& config, const Kernels& kernels, ThreadPool& pool);
+  Attention(const Config& config, KvType type, const Kernels& kernels, ThreadPool& pool);
 
   const PageLayout& layout() const { return layout_; }
   // Cuts the step; once per step.

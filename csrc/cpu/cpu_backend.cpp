@@ -33,7 +33,7 @@ class CpuBackend final : public Backend {
         max_batch_tok_(options.max_batch_tok),
         pool_(options.threads > 0 ? options.threads : default_threads()),
         in_(options.max_batch_tok, std::max({config.dim, config.q_dim(), config.hidden_dim}), kernels_, pool_),
-        attention_(c_, kernels_, pool_),
+        attention_(c_, kv_type(options.kv_dtype), kernels_, pool_),
         head_(c_, w_, options.max_batch_tok, kernels_, pool_) {
     const size_t tok = static_cast<size_t>(max_batch_tok_);
     x_.resize(tok * c_.dim);
@@ -49,7 +49,7 @@ class CpuBackend final : public Backend {
   }
 
   ~CpuBackend() override {
-    for (uint8_t* page : pages_) free_zeroed(page, page_bytes());
+    for (uint8_t* slab : slabs_) free_zeroed(slab, slab_bytes());
   }
 
   const char* name() const override { return kernels_.isa; }
@@ -63,10 +63,15 @@ class CpuBackend final : public Backend {
       free_pages_.pop_back();
       return page;
     }
-    pages_.reserve(pages_.size() + 1);
-    free_pages_.reserve(pages_.size() + 1);  // so that free_page cannot throw
-    pages_.push_back(static_cast<uint8_t*>(alloc_zeroed(page_bytes())));
-    return static_cast<int>(pages_.size()) - 1;
+    const size_t n = pages_.size(), at = n % slab_pages();
+    pages_.reserve(n + 1);
+    free_pages_.reserve(n + 1);  // so that free_page cannot throw
+    if (at == 0) {
+      slabs_.reserve(slabs_.size() + 1);
+      slabs_.push_back(static_cast<uint8_t*>(alloc_zeroed(slab_bytes())));
+    }
+    pages_.push_back(slabs_.back() + at * page_bytes());
+    return static_cast<int>(n);
   }
   void free_page(int page) override { free_pages_.push_back(page); }
   void copy_page(int from, int to) override {
@@ -106,7 +111,12 @@ class CpuBackend final : public Backend {
     };
     in_.set(x_.data(), c_.dim, step_->n_tok, c_.dim, w.attn_norm.vector(), c_.norm_eps, products, 3);
     in_.multiply(products, 3);
-    pool_.run(step_->n_tok, [&](int t, int) { rotate_and_append(layer, t); });
+    // Sixteen tokens share the cache lines of their keys: one thread writes them.
+    const int run = step_->n_tok >= 2 * kKeyBlock * pool_.threads() ? kKeyBlock : 1;
+    pool_.run((step_->n_tok + run - 1) / run, [&](int task, int) {
+      const int end = std::min(step_->n_tok, (task + 1) * run);
+      for (int t = task * run; t < end; t++) rotate_and_append(layer, t);
+    });
   }
 
   void attention(int layer) override { attention_.run(layer, pages_.data(), q_.data(), o_.data()); }
@@ -162,6 +172,11 @@ class CpuBackend final : public Backend {
   }
 
  private:
+  // Pages are cut from slabs, which are large enough for huge pages of memory: reading a head's 16 KB here and there
+  // would miss the address cache at every turn. What no page was written to takes no memory.
+  size_t slab_pages() const { return std::clamp<size_t>((size_t{64} << 20) / page_bytes(), 1, 16); }
+  size_t slab_bytes() const { return slab_pages() * page_bytes(); }
+
   static const float* bias(const Weight& w) { return w.N ? w.vector() : nullptr; }
 
   void add_to_residual(const Weight& w, const float* in, int columns) {
@@ -192,7 +207,7 @@ class CpuBackend final : public Backend {
       const float* v = v_.data() + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
       kernels_.rope(k, cos, sin, c_.head_dim);
       uint8_t* block = page + layout.head_offset(layer, h);
-      kernels_.append_kv(k, v, c_.head_dim, block, block + layout.value_offset, pos % kPageTok);
+      kernels_.append_kv(k, v, layout.head, block, pos % kPageTok);
     }
   }
 
@@ -216,7 +231,7 @@ class CpuBackend final : public Backend {
   Scratch<float> x_, q_, k_, v_, o_, gate_, up_, h_;  // [max_batch_tok][their width]
   std::vector<float> cos_, sin_;                      // [max_batch_tok][head_dim/2]
   std::vector<float> logits_;                         // [n_out][vocab_size]
-  std::vector<uint8_t*> pages_;
+  std::vector<uint8_t*> slabs_, pages_;
   std::vector<int> free_pages_;
 };
 

@@ -57,19 +57,33 @@ struct MatmulArgs {
   bool accumulate;  // y += instead of y =
 };
 
+enum class KvType : uint8_t { f16, q8 };
+
+// Where a key/value head's 64 tokens of one layer and page lie: keys, then values, byte offsets from the keys.
+//   f16  keys [kPageTok/16][head_dim][16] halves; values [kPageTok][wide] halves
+//   q8   keys [kPageTok/16][quads][16][4] int8, scales [groups][kPageTok] halves; values [kPageTok][wide] int8, scales
+//        [groups][kPageTok] halves: one scale for 32 dimensions of one token
+struct KvLayout {
+  KvType type;
+  int head_dim;
+  int wide;    // head_dim rounded up to 16
+  int quads;   // head_dim in fours, rounded up
+  int groups;  // head_dim in 32s, rounded up
+  int64_t key_scales, values, value_scales;
+  int64_t bytes;  // a multiple of 64
+};
+
 // Attention of up to kMaxQueryRows rows, which share a key/value head, over the keys [key_begin, key_end). Results are
 // not yet divided by the sum; those of several splits are combined in ascending order.
 struct AttendArgs {
   int rows;
-  const float* q;          // [rows][head_dim], zeros up to an even number of rows
-  const int* limit;        // [rows, made even] row r sees keys at positions < limit[r]; ascending, at most key_end
-  int key_begin, key_end;  // absolute; key_begin is a multiple of kSplitTok
-  // Of a page id: keys of this head as f16 [kPageTok/16][head_dim][16] from head_offset on, then at value_offset values
-  // as f16 [kPageTok][wide].
-  const uint8_t* const* pages;
-  const int* page_ids;  // [page of the sequence]
-  int64_t head_offset, head_bytes, value_offset;
-  int head_dim, wide;  // wide: head_dim rounded up to 16
+  const float* q;               // [rows][head_dim], zeros up to an even number of rows
+  const int* limit;             // [rows, made even] row r sees keys at positions < limit[r]; ascending, at most key_end
+  int key_begin, key_end;       // absolute; key_begin is a multiple of kSplitTok
+  const uint8_t* const* pages;  // by page id
+  const int* page_ids;          // [page of the sequence]
+  int64_t head_offset;          // of this head within a page
+  KvLayout layout;
   float scale;
   float* max;      // [rows, made even] maximum of the scores
   float* sum;      // [rows, made even] Σ exp(score - max)
@@ -77,9 +91,12 @@ struct AttendArgs {
   float* scratch;  // attend_scratch() floats
 };
 
-// Floats of scratch that attend() needs.
-static inline size_t attend_scratch(int rows, int head_dim, int wide) {
-  return static_cast<size_t>(64) * (head_dim + wide) + static_cast<size_t>(rows + 1) * wide;
+// Floats of scratch that attend() needs: a page of keys and values in float32 (or what int8 keys want of the rows'
+// queries, and values), and a second split's sums.
+static inline size_t attend_scratch(int rows, const KvLayout& l) {
+  const size_t page = 64 * (static_cast<size_t>(l.head_dim) + l.wide);
+  const size_t queries = static_cast<size_t>(rows) * l.groups * 2 * sizeof(XBlock) / sizeof(float);
+  return page + static_cast<size_t>(rows) * l.wide + (l.type == KvType::q8 ? queries : 0);
 }
 
 struct Kernels {
@@ -97,8 +114,8 @@ struct Kernels {
   // [head_dim].
   void (*combine)(const float* max, const float* sum, const float* outs, int64_t stride, int n_splits, int head_dim,
                   float* out);
-  // One token's keys and values of one head into slot 0 … kPageTok - 1 of where they lie in a page (see AttendArgs).
-  void (*append_kv)(const float* k, const float* v, int head_dim, uint8_t* k_block, uint8_t* v_block, int slot);
+  // One token's keys and values of one head into slot 0 … kPageTok - 1 of its block.
+  void (*append_kv)(const float* k, const float* v, const KvLayout& layout, uint8_t* block, int slot);
   void (*exp)(const float* x, int n, float* y);
   uint64_t (*read_stream)(const uint8_t* data, size_t size_bytes);
   // Runs `rounds` of independent dot products in registers; returns the operations done, and something to keep in

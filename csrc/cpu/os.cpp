@@ -13,6 +13,7 @@
 #ifdef __linux__
 #include <sched.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -67,11 +68,20 @@ int physical_cores_allowed() {
 
 void* alloc_zeroed(size_t size_bytes) {
 #ifdef __linux__
-  // Fresh mappings are zero and take memory only when touched.
-  void* p = mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
+  // Fresh mappings are zero and take memory only when touched. Large ones begin where a huge page can.
+  constexpr size_t kHuge = size_t{2} << 20;
+  const size_t spare = size_bytes >= 2 * kHuge ? kHuge : 0;
+  void* mapped = mmap(nullptr, size_bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  if (spare == 0) return mapped;
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  char* begin = static_cast<char*>(mapped);
+  char* p = begin + (kHuge - reinterpret_cast<uintptr_t>(begin) % kHuge) % kHuge;
+  char* end = p + (size_bytes + page - 1) / page * page;
+  if (p > begin) munmap(begin, static_cast<size_t>(p - begin));
+  if (end < begin + size_bytes + spare) munmap(end, static_cast<size_t>(begin + size_bytes + spare - end));
 #ifdef MADV_HUGEPAGE
-  if (size_bytes >= (size_t{4} << 20)) madvise(p, size_bytes, MADV_HUGEPAGE);
+  madvise(p, size_bytes, MADV_HUGEPAGE);
 #endif
   return p;
 #else

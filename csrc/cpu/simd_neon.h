@@ -49,6 +49,12 @@ inline VF vf_load_u8(const uint8_t* p) {
   const uint16x8_t words = vmovl_u8(vcreate_u8(four));
   return vcvtq_f32_u32(vmovl_u16(vget_low_u16(words)));
 }
+inline VF vf_load_i8(const uint8_t* p) {
+  uint32_t four;
+  memcpy(&four, p, 4);
+  const int16x8_t words = vmovl_s8(vreinterpret_s8_u8(vcreate_u8(four)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)));
+}
 inline void vf_store_f16(uint16_t* p, VF a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
 inline void vi_store_i8(int8_t* p, VI a) {
   const int16x4_t words = vmovn_s32(a);

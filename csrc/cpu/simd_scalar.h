@@ -124,6 +124,12 @@ inline VF vf_load_u8(const uint8_t* p) {
   PYLLAMA_LANES(i) r.v[i] = p[i];
   return r;
 }
+// Signed bytes.
+inline VF vf_load_i8(const uint8_t* p) {
+  VF r;
+  PYLLAMA_LANES(i) r.v[i] = static_cast<int8_t>(p[i]);
+  return r;
+}
 inline void vf_store_f16(uint16_t* p, VF a) { PYLLAMA_LANES(i) p[i] = pyllama::float_to_f16(a.v[i]); }
 // The low bytes of the lanes, which are within int8.
 inline void vi_store_i8(int8_t* p, VI a) { PYLLAMA_LANES(i) p[i] = static_cast<int8_t>(a.v[i]); }

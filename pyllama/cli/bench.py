@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .options import UsageError, positive
+from .options import UsageError, add_kv_dtype, positive
 from .terminal import json_text, safe
 
 _PROBE_S = 0.4  # seconds of each measurement of the machine
 _N_CTX = 8192
+_PAGE_TOK = 64  # tokens of a page of the cache
 
 
 def add_parser(commands: Any) -> None:
@@ -40,6 +41,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="prompt tokens per step")
     parser.add_argument("--parallel", type=positive, default=1, metavar="N", help="decode N sequences at once")
+    add_kv_dtype(parser)
     parser.add_argument("--synthetic", metavar="SHAPE", help="a random model: 135m, 1b, 7b, 8b or tiny")
     parser.add_argument("--format", metavar="FORMAT", help="with --synthetic: the weights' format (default q4)")
     parser.add_argument("--group-size", type=int, metavar="N", help="with --synthetic: 32 (default), 64 or 128")
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     opened, label = _open(arguments)
     records = []
     for threads in arguments.threads:
-        bench = Bench(opened, label, threads, arguments.batch_size, arguments.parallel)
+        bench = Bench(opened, label, threads, arguments.batch_size, arguments.parallel, arguments.kv_dtype)
         for test in tests:
             print(f"{test.name}: {arguments.repetitions} runs …", file=sys.stderr, flush=True)
             records.append(bench.measure(test, arguments.repetitions))
@@ -111,7 +113,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, str]:
 class Bench:
     """A model and a number of threads, ready to run tests."""
 
-    def __init__(self, opened: Any, label: str, threads: int, n_batch: int, parallel: int) -> None:
+    def __init__(self, opened: Any, label: str, threads: int, n_batch: int, parallel: int, kv_dtype: str) -> None:
         from ..native import load_native
 
         self._native = load_native()
@@ -122,8 +124,10 @@ class Bench:
         self._parallel = parallel
         self._n_ctx = int(opened.config["max_seq_len"])
         config = opened.native_config(self._n_ctx)
-        self._model = self._native.Model(config, opened.weights, threads=threads, max_batch_tok=max(n_batch, parallel))
+        rows = max(n_batch, parallel)
+        self._model = self._native.Model(config, opened.weights, threads=threads, max_batch_tok=rows, kv_dtype=kv_dtype)
         self._n_batch = n_batch
+        self._kv_dtype = kv_dtype
         self._sampler = self._native.Sampler(temperature=0.0)
         self._floors = {
             "read_gb_per_s": float(self._native.read_bandwidth(self._model.threads, _PROBE_S)),
@@ -143,6 +147,7 @@ class Bench:
             "isa": self._model.isa,
             "n_threads": self._model.threads,
             "n_batch": self._n_batch,
+            "kv_dtype": self._kv_dtype,
             "n_parallel": self._parallel,
             "n_prompt": test.n_prompt,
             "n_gen": test.n_gen,
@@ -203,18 +208,14 @@ class Bench:
         n_steps = -(-n // self._n_batch) if test.n_prompt else n
         # Attention of a step reads what was cached before it, and its own tokens.
         cached = sum(test.n_depth + n * (step + 1) / n_steps for step in range(n_steps))
-        n_bytes = n_steps * self._step_bytes + self._n_sequences(test) * self._cache_bytes(cached)
+        cache_bytes = self._n_sequences(test) * cached * self._model.page_bytes / _PAGE_TOK
+        n_bytes = n_steps * self._step_bytes + cache_bytes
         found = {"gb_per_s": runs_per_s * n_bytes / 1e9}
         found["bandwidth_share"] = found["gb_per_s"] / self._floors["read_gb_per_s"]
         if all(weight.format.startswith("q") for weight in self._layer_matrices()):  # else they are no int8 products
             found["gop_per_s"] = tok_per_s * self._ops_per_tok() / 1e9
             found["peak_share"] = found["gop_per_s"] / self._floors["int8_gop_per_s"]
         return found
-
-    def _cache_bytes(self, n_tok: float) -> float:
-        config = self._config
-        entries = 2 * int(config["n_layers"]) * int(config["n_kv_heads"]) * int(config["head_dim"])  # keys and values
-        return 2 * entries * n_tok  # f16
 
     def _ops_per_tok(self) -> int:
         """Multiplications and additions in the layers' matrices; the head runs once per prompt and is left out."""
@@ -239,11 +240,12 @@ def markdown(records: list[dict[str, Any]]) -> str:
     ]
     for r in records:
         speed = f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"
+        test = r["test"] if r["kv_dtype"] == "f16" else f"{r['test']}, {r['kv_dtype']} cache"
         size, params = f"{r['model_size'] / 2**20:.1f} MiB", f"{r['model_n_params'] / 1e6:.1f} M"
         read = f"{r['gb_per_s']:.1f}, {100 * r['bandwidth_share']:.0f} % of {r['read_gb_per_s']:.0f}"
         done = "–"
         if "gop_per_s" in r:
             done = f"{r['gop_per_s']:.0f}, {100 * r['peak_share']:.0f} % of {r['int8_gop_per_s']:.0f}"
-        cells = [" ".join(r["model"].split()), size, params, r["n_threads"], r["isa"], r["test"], speed, read, done]
+        cells = [" ".join(r["model"].split()), size, params, r["n_threads"], r["isa"], test, speed, read, done]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -33,11 +33,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-ctx", type=positive, metavar="N", help="tokens of prompt and reply together")
     parser.add_argument("--no-mmap", action="store_true", help="read the weights instead of mapping the file")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_kv_dtype(parser)
     guessing = parser.add_mutually_exclusive_group()
     guessing.add_argument(
         "--speculative", choices=("lookup",), help="guess what repeats the text so far: same replies, often faster"
     )
     guessing.add_argument("--draft", metavar="MODEL", help="a small model with the same vocabulary that guesses ahead")
+
+
+def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-dtype", choices=("f16", "q8"), default="f16", help="what the cache keeps; q8: about half the memory"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -84,4 +91,5 @@ def open_llm(arguments: argparse.Namespace) -> LLM:
         mmap=not arguments.no_mmap,
         speculative=arguments.speculative,
         draft=arguments.draft,
+        kv_dtype=arguments.kv_dtype,
     )
