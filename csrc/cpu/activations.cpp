@@ -10,6 +10,17 @@ WeightView view(const Weight& w) {
           w.group,  w.groups(),   w.codebook.data(), w.codes, w.scales, w.offsets};
 }
 
+WeightView slice(const Weight& w, int begin, int end) {
+  WeightView v = view(w);
+  const int64_t row_bytes = static_cast<int64_t>(v.Kp) * info(w.format).code_bits / 8;
+  v.codes += begin * kTileRows * row_bytes;
+  if (v.scales) v.scales += static_cast<int64_t>(begin) * kTileRows * v.groups * 2;
+  if (v.offsets)
+    v.offsets += static_cast<int64_t>(begin) * kTileRows * v.groups * (w.offset_type == Number::u8 ? 1 : 2);
+  v.N = std::min(w.N, end * kTileRows) - begin * kTileRows;
+  return v;
+}
+
 Activations::Activations(int max_tok, int max_columns, const Kernels& kernels, ThreadPool& pool)
     : kernels_(kernels), pool_(pool), max_columns_(max_columns) {
   reordered_.resize(static_cast<size_t>(pool.threads()) * max_columns);

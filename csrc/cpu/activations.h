@@ -16,6 +16,8 @@ namespace cpu {
 constexpr int kRowSkew = 4;  // blocks between int8 rows, so that rows of 2^n columns do not share the sets of a cache
 
 WeightView view(const Weight& w);
+// The part of a matrix that tiles [begin, end) make.
+WeightView slice(const Weight& w, int begin, int end);
 
 // out[g] = Σ q·scale over each group of a weight, ascending from its first 32 columns; x: [blocks].
 void sum_groups(const XBlock* x, int blocks, int per_group, float* out);

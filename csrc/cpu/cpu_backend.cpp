@@ -22,7 +22,8 @@ namespace cpu {
 
 namespace {
 
-constexpr int kMlpValues = 1 << 17;  // of gate and up that are made before SwiGLU reads them from the cache
+// Of gate and of up, a thread makes so many values before SwiGLU reads them from its cache, and at least so many tiles.
+constexpr int kMlpValues = 1 << 16, kMlpTiles = 2;
 
 class CpuBackend final : public Backend {
  public:
@@ -44,6 +45,7 @@ class CpuBackend final : public Backend {
     gate_.resize(tok * c_.hidden_dim);
     up_.resize(tok * c_.hidden_dim);
     h_.resize(tok * c_.hidden_dim);
+    mlp_.resize(static_cast<size_t>(pool_.threads()) * 2 * static_cast<size_t>(mlp_values()));
     cos_.resize(tok * c_.head_dim / 2);
     sin_.resize(tok * c_.head_dim / 2);
   }
@@ -134,19 +136,22 @@ class CpuBackend final : public Backend {
     in_.set(x_.data(), c_.dim, step_->n_tok, c_.dim, w.mlp_norm.vector(), c_.norm_eps, products, 2);
     if (w.w_gate.input_order || w.w_up.input_order) {
       in_.multiply(products, 2);
-      pool_.run(step_->n_tok, [&](int t, int) { swiglu_rows(t, t + 1, 0, c_.hidden_dim); });
+      pool_.run(step_->n_tok, [&](int t, int) {
+        const int64_t at = static_cast<int64_t>(t) * c_.hidden_dim;
+        kernels_.swiglu(gate_.data() + at, up_.data() + at, c_.hidden_dim, h_.data() + at);
+      });
       return;
     }
     // Both matrices take the same tiles, and SwiGLU what they gave while it is in the cache.
     const MatmulArgs gate = in_.arguments(products[0]), up = in_.arguments(products[1]);
-    const int tiles = w.w_gate.tiles(), grain = in_.grain(tiles);
-    pool_.run_ranges(tiles, grain, [&](int begin, int end, int) {
-      const int most = std::max(grain, kMlpValues / (kTileRows * step_->n_tok));
+    const int tiles = w.w_gate.tiles(), most = std::max(kMlpTiles, kMlpValues / (kTileRows * step_->n_tok));
+    pool_.run_ranges(tiles, in_.grain(tiles), [&](int begin, int end, int thread) {
+      float* values = mlp_.data() + static_cast<int64_t>(thread) * 2 * mlp_values();
       for (; begin < end; begin += most) {
         const int stop = std::min(end, begin + most);
-        kernels_.matmul(gate, begin, stop);
-        kernels_.matmul(up, begin, stop);
-        swiglu_rows(0, step_->n_tok, begin * kTileRows, std::min(c_.hidden_dim, stop * kTileRows));
+        multiply_some(gate, w.w_gate, begin, stop, values);
+        multiply_some(up, w.w_up, begin, stop, values + mlp_values());
+        swiglu_some(values, begin, stop);
       }
     });
   }
@@ -211,10 +216,23 @@ class CpuBackend final : public Backend {
     }
   }
 
-  void swiglu_rows(int t_begin, int t_end, int begin, int end) {
-    for (int t = t_begin; t < t_end; t++) {
-      const int64_t at = static_cast<int64_t>(t) * c_.hidden_dim + begin;
-      kernels_.swiglu(gate_.data() + at, up_.data() + at, end - begin, h_.data() + at);
+  // The numbers that a thread keeps of gate, or of up, between their products and SwiGLU.
+  int64_t mlp_values() const { return std::max(kMlpValues, kMlpTiles * kTileRows * max_batch_tok_); }
+
+  // y [n_tok][(end - begin) * kTileRows] = the tiles [begin, end) of a product.
+  void multiply_some(MatmulArgs a, const Weight& w, int begin, int end, float* y) const {
+    a.w = slice(w, begin, end);
+    a.y = y;
+    a.ldy = (end - begin) * kTileRows;
+    kernels_.matmul(a, 0, end - begin);
+  }
+
+  void swiglu_some(const float* values, int begin, int end) {
+    const int columns = (end - begin) * kTileRows, first = begin * kTileRows;
+    const int n = std::min(columns, c_.hidden_dim - first);
+    for (int t = 0; t < step_->n_tok; t++) {
+      const float* gate = values + static_cast<int64_t>(t) * columns;
+      kernels_.swiglu(gate, gate + mlp_values(), n, h_.data() + static_cast<int64_t>(t) * c_.hidden_dim + first);
     }
   }
 
@@ -229,6 +247,7 @@ class CpuBackend final : public Backend {
   const Step* step_ = nullptr;
   unsigned float_environment_ = 0;
   Scratch<float> x_, q_, k_, v_, o_, gate_, up_, h_;  // [max_batch_tok][their width]
+  Scratch<float> mlp_;                                // per thread: values of gate, values of up
   std::vector<float> cos_, sin_;                      // [max_batch_tok][head_dim/2]
   std::vector<float> logits_;                         // [n_out][vocab_size]
   std::vector<uint8_t*> slabs_, pages_;

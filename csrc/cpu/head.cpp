@@ -13,18 +13,6 @@ namespace {
 constexpr int kRows = 32;       // tokens of one product
 constexpr int kTaskTiles = 16;  // at most
 
-// The part of a matrix that tiles [begin, end) make.
-WeightView slice(const Weight& w, int begin, int end) {
-  WeightView v = view(w);
-  const int64_t row_bytes = static_cast<int64_t>(v.Kp) * info(w.format).code_bits / 8;
-  v.codes += begin * kTileRows * row_bytes;
-  if (v.scales) v.scales += static_cast<int64_t>(begin) * kTileRows * v.groups * 2;
-  if (v.offsets)
-    v.offsets += static_cast<int64_t>(begin) * kTileRows * v.groups * (w.offset_type == Number::u8 ? 1 : 2);
-  v.N = std::min(w.N, end * kTileRows) - begin * kTileRows;
-  return v;
-}
-
 }  // namespace
 
 Head::Head(const Config& config, const ModelWeights& weights, int max_rows, const Kernels& kernels, ThreadPool& pool)
