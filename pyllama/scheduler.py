@@ -242,7 +242,7 @@ class Scheduler:
             self._purge()
             if self._cache is not None:
                 self._cache.clear()
-            self._model = self._drafter = None
+            self._model = self._drafter = self._cache = None
 
         self.run_alone(shut)
 

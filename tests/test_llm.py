@@ -414,6 +414,17 @@ def test_a_refused_prompt_leaves_the_running_stream_alone(tiny: LLM) -> None:
     session.close()
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_tok": 0}, {"speculative": "lookup"}], ids=str)
+def test_closing_lets_go_of_the_model(options: dict[str, Any]) -> None:
+    """Weights are gone when the model is: nothing of a closed LLM may hold it, though the LLM itself lives on."""
+    llm = tiny_llm(**options)
+    model = llm._model
+    llm.generate("a", HOT)
+    llm.close()
+    holders = [type(holder).__name__ for holder in gc.get_referrers(model)]
+    assert holders == []
+
+
 def test_closing_a_session_ends_its_stream_and_no_other(tiny: LLM) -> None:
     session = tiny.session()
     stream = session.stream("once", HOT)

@@ -297,7 +297,7 @@ def test_a_random_model_of_every_format_runs(format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "millions"), [("135m", 134.5), ("1b", 1235.8), ("7b", 6738.4), ("8b", 8030.3)], ids=SHAPES
+    ("shape", "millions"), [("tiny", 1.44), ("135m", 134.5), ("1b", 1235.8), ("7b", 6738.4), ("8b", 8030.3)], ids=SHAPES
 )
 def test_the_shapes_are_those_of_the_models_they_are_named_after(shape: str, millions: float) -> None:
     specs = synthetic_specs(synthetic_config(shape), "q4", 32)
@@ -305,7 +305,7 @@ def test_the_shapes_are_those_of_the_models_they_are_named_after(shape: str, mil
 
 
 def test_bad_shapes_and_formats() -> None:
-    with pytest.raises(ValueError, match="shape '3b': expected one of 135m 1b"):
+    with pytest.raises(ValueError, match="shape '3b': expected one of tiny 135m 1b"):
         synthetic_model("3b")
     with pytest.raises(ValueError, match="format 'q5'"):
         synthetic_model("135m", "q5")
