@@ -119,16 +119,26 @@ def test_matmul_property(kind: Kind, n: int, k: int, m: int, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", QUANTIZED, ids=str)
 def test_extreme_codes_do_not_saturate(kind: Kind) -> None:
-    """Every weight and activation at the end of its range, all signs alike: the largest int32 sums there are."""
+    """Weights and activations at the ends of their ranges, signs alike, alternating and mixed: the largest sums there
+    are, of 32 columns in int32 and of eight columns in int16. For few tokens and for many.
+    """
     spec, packed = make(kind, 32, 256)
-    for code in (packed.codes.min(), packed.codes.max()):
-        packed.codes[:] = code
-        weight = native_weight(spec, packed)
-        for sign in (-1.0, 1.0):
-            x = np.full((5, 256), sign, np.float32)
+    codes = (packed.codes.min(), packed.codes.max())
+    signs = np.ones((3, 256), np.float32)
+    signs[1, ::2] = -1
+    signs[2, 128:] = -1
+    x = np.concatenate([signs, -signs] * 3)
+    for columns in (slice(None), slice(None, None, 2)):
+        for code, other in (codes, codes[::-1]):
+            packed.codes[:] = other
+            packed.codes[:, columns] = code
+            weight = native_weight(spec, packed)
             want, bound = expected(spec, packed, x)
-            for isa in ISAS:
-                assert (np.abs(ops.matmul(weight, x, isa=isa) - want) <= bound).all(), isa
+            for m in (1, 5, len(x)):
+                results = {isa: ops.matmul(weight, x[:m], isa=isa) for isa in ISAS}
+                for isa, y in results.items():
+                    assert (np.abs(y - want[:m]) <= bound[:m]).all(), (isa, m)
+                    assert same(y, results["scalar"]), (isa, m)
 
 
 @pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)

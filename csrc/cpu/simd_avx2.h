@@ -67,7 +67,6 @@ inline VI vi_set1(int32_t x) { return _mm256_set1_epi32(x); }
 inline VI vi_add(VI a, VI b) { return _mm256_add_epi32(a, b); }
 
 inline VB vb_load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline void vb_store(uint8_t* p, VB a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline VB vb_low(VB a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 inline VB vb_high(VB a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
 
@@ -92,12 +91,12 @@ inline Table table_load(const int8_t* codebook) {
 }
 inline WS ws_lookup(const Table& t, VB codes) { return _mm256_shuffle_epi8(t, codes); }
 inline WS ws_bytes(VB bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
-inline VB ws_pack(const WS& w) { return w; }
-inline WS ws_unpack(VB bytes) { return bytes; }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a + k)); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a + k)); }
-constexpr int kTokBlock = 4;
-constexpr int kPanelBlock = 3;
+using DotU = VI;
+inline DotU dot_u_begin(VI start) { return start; }
+inline DotU dot_u(DotU acc, const WU& w, const int8_t* a, int k) { return dot_s(acc, w, a, k); }
+inline VI dot_u_end(DotU acc, VI) { return acc; }
+constexpr int kPanelBlock = 6;
 
 #else
 
@@ -111,21 +110,28 @@ inline Table table_load(const int8_t* codebook) {
 }
 inline WS ws_bytes(VB bytes) { return {bytes, _mm256_abs_epi8(bytes)}; }
 inline WS ws_lookup(const Table& t, VB codes) { return ws_bytes(_mm256_shuffle_epi8(t, codes)); }
-inline VB ws_pack(const WS& w) { return w.value; }
-inline WS ws_unpack(VB bytes) { return ws_bytes(bytes); }
 inline VI add_pairs(VI acc, __m256i words) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) {
-  return add_pairs(acc, _mm256_maddubs_epi16(w, broadcast4(a + k)));
+// Left alone, the compiler makes all products first and runs out of registers: half the speed.
+inline __m256i in_order(__m256i sum) {
+  asm("" : "+x"(sum));
+  return sum;
 }
+using DotU = __m256i;  // int16: eight times two products are within ±8·2·15·127 = ±30,480
+inline DotU dot_u_begin(VI) { return _mm256_setzero_si256(); }
+inline DotU dot_u(DotU acc, const WU& w, const int8_t* a, int k) {
+  acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, broadcast4(a + k)));
+  return in_order(acc);
+}
+inline VI dot_u_end(DotU acc, VI start) { return add_pairs(start, acc); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) {
-  return add_pairs(acc, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(broadcast4(a + k), w.value)));
+  return in_order(add_pairs(acc, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(broadcast4(a + k), w.value))));
 }
-constexpr int kTokBlock = 4;
-constexpr int kPanelBlock = 2;
+constexpr int kPanelBlock = 3;
 
 #endif
+constexpr int kTokBlock = 8;
 constexpr int kDirectRegs = 2;  // registers of rows when there are few tokens
 constexpr int kRegisterSums = 4;
 constexpr int kPanelRegs = 2;

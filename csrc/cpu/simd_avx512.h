@@ -69,7 +69,6 @@ inline VI vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 inline VI vi_add(VI a, VI b) { return _mm512_add_epi32(a, b); }
 
 inline VB vb_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline void vb_store(uint8_t* p, VB a) { _mm512_storeu_si512(p, a); }
 inline VB vb_low(VB a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 inline VB vb_high(VB a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 
@@ -85,16 +84,17 @@ inline Table table_load(const int8_t* codebook) {
 }
 inline WS ws_lookup(const Table& t, VB codes) { return _mm512_shuffle_epi8(t, codes); }
 inline WS ws_bytes(VB bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
-inline VB ws_pack(const WS& w) { return w; }
-inline WS ws_unpack(VB bytes) { return bytes; }
 
 inline VI broadcast4(const int8_t* a) {
   int32_t x;
   memcpy(&x, a, 4);
   return _mm512_set1_epi32(x);
 }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a + k)); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a + k)); }
+using DotU = VI;
+inline DotU dot_u_begin(VI start) { return start; }
+inline DotU dot_u(DotU acc, const WU& w, const int8_t* a, int k) { return dot_s(acc, w, a, k); }
+inline VI dot_u_end(DotU acc, VI) { return acc; }
 
 constexpr int kTokBlock = 8;
 constexpr int kPanelBlock = 6;

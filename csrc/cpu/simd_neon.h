@@ -66,7 +66,6 @@ inline VI vi_set1(int32_t x) { return vdupq_n_s32(x); }
 inline VI vi_add(VI a, VI b) { return vaddq_s32(a, b); }
 
 inline VB vb_load(const uint8_t* p) { return vld1q_u8(p); }
-inline void vb_store(uint8_t* p, VB a) { vst1q_u8(p, a); }
 inline VB vb_low(VB a) { return vandq_u8(a, vdupq_n_u8(15)); }
 inline VB vb_high(VB a) { return vshrq_n_u8(a, 4); }
 
@@ -79,8 +78,6 @@ inline WU wu_codes(VB codes) { return codes; }
 inline Table table_load(const int8_t* codebook) { return vld1q_s8(codebook); }
 inline WS ws_lookup(const Table& t, VB codes) { return vqtbl1q_s8(t, codes); }
 inline WS ws_bytes(VB bytes) { return vreinterpretq_s8_u8(bytes); }
-inline VB ws_pack(const WS& w) { return vreinterpretq_u8_s8(w); }
-inline WS ws_unpack(VB bytes) { return ws_bytes(bytes); }
 
 // Sixteen activations come in one register, and a dot product takes four of them; `k` is known when compiling.
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) {
@@ -96,7 +93,10 @@ inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) {
       return vdotq_laneq_s32(acc, w, x, 3);
   }
 }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) { return dot_s(acc, ws_bytes(w), a, k); }
+using DotU = VI;
+inline DotU dot_u_begin(VI start) { return start; }
+inline DotU dot_u(DotU acc, const WU& w, const int8_t* a, int k) { return dot_s(acc, ws_bytes(w), a, k); }
+inline VI dot_u_end(DotU acc, VI) { return acc; }
 
 constexpr int kTokBlock = 4;
 constexpr int kPanelBlock = 3;

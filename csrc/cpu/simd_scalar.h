@@ -149,7 +149,6 @@ inline VB vb_load(const uint8_t* p) {
   memcpy(r.v, p, sizeof r.v);
   return r;
 }
-inline void vb_store(uint8_t* p, VB a) { memcpy(p, a.v, sizeof a.v); }
 inline VB vb_low(VB a) {
   for (auto& b : a.v) b = b & 15;
   return a;
@@ -184,13 +183,6 @@ inline WS ws_bytes(VB bytes) {
   memcpy(w.v, bytes.v, sizeof w.v);
   return w;
 }
-// Decoded weights on their way through memory.
-inline VB ws_pack(const WS& w) {
-  VB b;
-  memcpy(b.v, w.v, sizeof b.v);
-  return b;
-}
-inline WS ws_unpack(VB bytes) { return ws_bytes(bytes); }
 
 // acc[lane] += Σ_{b<4} w[lane][b] · a[k + b], exact in int32. `k` is a constant, a multiple of four, and 16 bytes from
 // a + k/16·16 on can be read.
@@ -201,8 +193,13 @@ inline VI dot4(VI acc, const W& w, const int8_t* a, int k) {
   }
   return acc;
 }
-inline VI dot_u(VI acc, const WU& w, const int8_t* a, int k) { return dot4(acc, w, a, k); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return dot4(acc, w, a, k); }
+// With codes, eight such sums of activations within ±127 lie between a begin and an end, both with the same start: what
+// they add up to fits into int16, where that is faster.
+using DotU = VI;
+inline DotU dot_u_begin(VI start) { return start; }
+inline DotU dot_u(DotU acc, const WU& w, const int8_t* a, int k) { return dot4(acc, w, a, k); }
+inline VI dot_u_end(DotU acc, VI) { return acc; }
 
 constexpr int kTokBlock = 4;      // tokens that share a weight register when there are few
 constexpr int kPanelBlock = 2;    // tokens × kPanelRegs accumulators when there are many
