@@ -17,7 +17,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from .native import load_native
-from .speculative import MAX_DRAFT_TOK, Budget, Rate
+from .speculative import FROM_MEMORY, MAX_DRAFT_TOK, Budget, Rate, RowCosts, row_costs
 
 if TYPE_CHECKING:
     from .open import OpenedModel
@@ -66,21 +66,22 @@ def open_drafter(draft: OpenedModel, target: OpenedModel, n_ctx: int, threads: i
             raise ValueError(f"draft={str(draft.path)!r}: token {token} is {theirs!r}, the model's {ours!r}; {advice}")
     n_ctx = min(n_ctx, int(draft.config["max_seq_len"]))
     model = load_native().Model(draft.native_config(n_ctx), draft.weights, threads=threads)
-    return DraftModel(model, n_ctx, draft.step_bytes / target.step_bytes)
+    return DraftModel(model, n_ctx, draft.step_bytes / target.step_bytes, row_costs(target.step_bytes))
 
 
 class DraftModel:
     """A Drafter. `price`: what a token of the draft model costs, in steps of the model that is drafted for."""
 
-    def __init__(self, model: Any, n_ctx: int, price: float) -> None:
+    def __init__(self, model: Any, n_ctx: int, price: float, costs: RowCosts = FROM_MEMORY) -> None:
         self._model = model
         self._n_ctx = n_ctx
         self._price = price
+        self._costs = costs
         self._warned = False
 
     def draft(self, requests: Sequence[Request], n_other: int, room: int) -> list[list[int]]:
         """As Drafter says. Makes as many steps of the draft model as the longest guess has tokens."""
-        budget = Budget(len(requests), n_other, room)
+        budget = Budget(len(requests), n_other, room, self._costs)
         jobs = []
         for request in requests:
             try:

@@ -22,7 +22,7 @@ from .prefix_cache import default_cache_tok
 from .reply import Reply
 from .sampling import SamplingParams, build_params
 from .scheduler import Request, Scheduler
-from .speculative import Drafter, LookupDrafter
+from .speculative import Drafter, LookupDrafter, row_costs
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -123,7 +123,7 @@ class LLM:
         self.threads = int(self._model.threads)
         self.isa = str(self._model.isa)
         cache_tok = default_cache_tok(self._model, self.n_ctx) if cache_tok is None else cache_tok
-        drafter: Drafter | None = LookupDrafter() if speculative == "lookup" else None
+        drafter: Drafter | None = LookupDrafter(row_costs(opened.step_bytes)) if speculative == "lookup" else None
         if draft is not None:
             drafter = open_drafter(draft, opened, self.n_ctx, self.threads)
         self._scheduler = Scheduler(self._model, cache_tok=cache_tok, drafter=drafter)

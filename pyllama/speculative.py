@@ -11,7 +11,7 @@ Knows no steps and no text; scheduler.py asks for drafts and feeds them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from .scheduler import Request
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 MAX_DRAFT_TOK = 16
 _NGRAMS = (4, 2)  # lengths of the endings that are looked up, the longest first; 3 beside them gains nothing
 
-# The price of one more row, in steps of one row: up to 4 rows, up to 8 rows, beyond. The lengths that follow from it
-# change little when it is wrong by half.
-_ROW_COSTS = ((4, 0.1), (8, 0.12))
-_ROW_COST_BEYOND = 0.2
+_CACHED_MODEL_BYTES = 256_000_000  # weights below this come from the caches rather than from memory
 
 # Shares of guesses that come true, before anything is known, by the length of what matched (0…3, 4…7, 8…15, 16…).
 _PRIOR_CHANCES = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 0.9)
@@ -30,12 +27,28 @@ _PRIOR_WEIGHT = 3.0  # tries that the prior counts for
 _MEMORY_TOK = 48.0  # tries that are remembered
 
 
-def row_cost(row: int) -> float:
-    """What the row with this number (0 is the first) adds to a step, in steps of one row."""
-    for end, cost in _ROW_COSTS:
-        if row < end:
-            return cost
-    return _ROW_COST_BEYOND
+class RowCosts(NamedTuple):
+    """The price of one more row in steps of one row: up to 4 rows, up to 8, beyond (docs/KERNELS.md has the figures).
+
+    The lengths that follow change little when it is wrong by half.
+    """
+
+    few: float
+    some: float
+    many: float
+
+    def of(self, row: int) -> float:
+        """What the row with this number (0 is the first) adds to a step."""
+        return self.few if row < 4 else self.some if row < 8 else self.many
+
+
+FROM_MEMORY = RowCosts(0.06, 0.08, 0.1)  # while weights arrive, there is time to compute
+FROM_CACHES = RowCosts(0.22, 0.3, 0.25)
+
+
+def row_costs(step_bytes: int) -> RowCosts:
+    """The prices for a model that reads so many bytes in a step."""
+    return FROM_CACHES if step_bytes < _CACHED_MODEL_BYTES else FROM_MEMORY
 
 
 class Budget:
@@ -45,9 +58,10 @@ class Budget:
     rows that drafts may take at most.
     """
 
-    def __init__(self, n_sure: int, n_other: int, room: int) -> None:
+    def __init__(self, n_sure: int, n_other: int, room: int, costs: RowCosts = FROM_MEMORY) -> None:
+        self._costs = costs
         self._gain = float(n_sure)
-        self._cost = 1.0 + sum(row_cost(row) for row in range(1, n_sure))
+        self._cost = 1.0 + sum(costs.of(row) for row in range(1, n_sure))
         self._row = n_sure + n_other
         self._room = room
 
@@ -61,7 +75,7 @@ class Budget:
         n, reached = 0, 1.0
         for chance in chances:
             reached *= chance
-            price = row_cost(self._row) + extra
+            price = self._costs.of(self._row) + extra
             if n >= most or not self._room or reached * self._cost <= price * self._gain:
                 break
             self._gain += reached
@@ -185,12 +199,15 @@ class Drafter(Protocol):
 class LookupDrafter:
     """Prompt lookup for every request by itself; costs no memory but an index of each text."""
 
+    def __init__(self, costs: RowCosts = FROM_MEMORY) -> None:
+        self._costs = costs
+
     def draft(self, requests: Sequence[Request], n_other: int, room: int) -> list[list[int]]:
         """As Drafter says."""
         lookups = [self._of(request) for request in requests]
         if not any(lookup.knows for lookup in lookups):
             return [[] for _ in requests]
-        budget = Budget(len(requests), n_other, room)
+        budget = Budget(len(requests), n_other, room, self._costs)
         drafts = zip(requests, lookups, strict=True)
         return [lookup.draft(budget, request.room_for_draft) for request, lookup in drafts]
 

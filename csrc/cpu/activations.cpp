@@ -80,11 +80,13 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
     quantize = true;
     if (info(w.format).has_offset) offset[w.group / 64] = true;
   }
-  pool_.run(M, [&](int m, int thread) {
-    prepare_row(m, thread, quantize, nullptr, norm, eps);
-    if (offset[0]) sum_row_groups(m, 32, sum32_);
-    if (offset[1]) sum_row_groups(m, 64, sum64_);
-    if (offset[2]) sum_row_groups(m, 128, sum128_);
+  pool_.run_ranges(M, rows_worth_a_task(K), [&](int begin, int end, int thread) {
+    for (int m = begin; m < end; m++) {
+      prepare_row(m, thread, quantize, nullptr, norm, eps);
+      if (offset[0]) sum_row_groups(m, 32, sum32_);
+      if (offset[1]) sum_row_groups(m, 64, sum64_);
+      if (offset[2]) sum_row_groups(m, 128, sum128_);
+    }
   });
 }
 

@@ -2,6 +2,7 @@
 // sums that formats with an offset need. And the loop that spreads several weights on one input over the threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -16,6 +17,8 @@ namespace cpu {
 constexpr int kRowSkew = 4;  // blocks between int8 rows, so that rows of 2^n columns do not share the sets of a cache
 
 WeightView view(const Weight& w);
+// Rows of K numbers whose norm and rounding take as long as a parallel region costs: fewer are done by one thread.
+inline int rows_worth_a_task(int K) { return std::max(1, 8192 / K); }
 // The part of a matrix that tiles [begin, end) make.
 WeightView slice(const Weight& w, int begin, int end);
 

@@ -11,6 +11,7 @@ namespace cpu {
 namespace {
 
 constexpr int kRows = 32;       // tokens of one product
+constexpr int kFewRows = 8;     // so few come in two halves, whose digits fit the kernels for few tokens
 constexpr int kTaskTiles = 16;  // at most
 
 }  // namespace
@@ -56,8 +57,9 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
   a.ldx = config_.dim;
   a.y = scratch;
   a.ldy = columns;
-  for (int m0 = 0; m0 < n; m0 += kRows) {
-    const int count = std::min(kRows, n - m0);
+  const int rows = n <= kFewRows ? kFewRows / 2 : kRows;
+  for (int m0 = 0; m0 < n; m0 += rows) {
+    const int count = std::min(rows, n - m0);
     const int64_t row = static_cast<int64_t>(m0) * digits_;
     a.M = count * digits_;
     a.x = normed_.data() + static_cast<int64_t>(m0) * config_.dim;
@@ -75,9 +77,9 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
 }
 
 void Head::run(const float* x, const int32_t* rows, int n, float* logits) {
-  pool_.run(n, [&](int m, int thread) {
+  pool_.run_ranges(n, rows_worth_a_task(config_.dim), [&](int begin, int end, int thread) {
     const int64_t dim = config_.dim;
-    prepare_row(x + rows[m] * dim, m, left_.data() + thread * dim);
+    for (int m = begin; m < end; m++) prepare_row(x + rows[m] * dim, m, left_.data() + thread * dim);
   });
   const size_t scratch_size = static_cast<size_t>(kRows) * digits_ * kTaskTiles * kTileRows;
   pool_.run_ranges(w_.tiles(), 1, [&](int begin, int end, int thread) {
