@@ -5,8 +5,9 @@ everybody's requests, and hands over after each if somebody waits. New requests 
 chunks that share a step with the decoding ones), finished ones leave. Results never depend on neighbours: the engine
 promises the same bits for any batch and chunking, and random numbers are keyed by (seed, position).
 
-Ctrl-C may strike between any two lines, so every change of shared state is a single atomic operation (append, remove,
-one assignment), and what the engine did in an interrupted step is undone by truncating to what was recorded.
+Ctrl-C may strike wherever Python looks for it (after calls, in loops), so every change of shared state is a single
+atomic operation (append, remove, one assignment), and what the engine did in an interrupted step is undone by
+truncating to what was recorded.
 
 Beginnings are computed once: a request takes over what a finished or running one has of its prompt
 (prefix_cache.py), and waits a few steps where another is just reading the same beginning.
