@@ -20,7 +20,7 @@ from pyllama.speculative import Budget
 from .helpers_llm import FIRST_BYTE, VOCAB, tiny_llm, tiny_model
 from .helpers_models import Kind, native_weight, random_packed
 from .test_scheduler import FakeModel, continuation, finish, request, tokens_of
-from .test_speculative import CHOICES, InterruptedAfter, told
+from .test_speculative import CHOICES, interrupt_everywhere, told
 
 CHEAP = 0.1  # as if the draft model were a tenth of the model
 
@@ -154,25 +154,10 @@ class Forgetful(FakeModel):
 
 @pytest.mark.parametrize("kind", [FakeModel, Forgetful])
 def test_an_interrupt_at_any_line_loses_and_repeats_nothing(kind: type[FakeModel]) -> None:
-    n_lines = 0
-    for n in range(0, 4000, 3):
-        guide = kind(5)
-        scheduler = Scheduler(FakeModel(max_batch_tok=24), drafter=DraftModel(guide, 40, CHEAP))
-        others = [request(prompt, 9) for prompt in ([1, 2] * 4, [7])]
-        scheduler.submit(others)
-        interrupt = InterruptedAfter(n)
-        try:
-            with interrupt:
-                finish(scheduler, [request([1], 9)])
-        except KeyboardInterrupt:
-            n_lines = n
-        scheduler.advance(lambda others=others: not any(r.wants_step for r in others))  # type: ignore[misc]
-        scheduler.release(others)
-        assert [tokens_of(other) for other in others] == [continuation([1, 2] * 4, 9), continuation([7], 9)]
-        scheduler.close()
-        if interrupt.left >= 0:
-            break
-    assert n_lines > 100 and interrupt.left >= 0, "not all lines were reached"
+    def make() -> Scheduler:
+        return Scheduler(FakeModel(max_batch_tok=24), drafter=DraftModel(kind(5), 40, CHEAP))
+
+    interrupt_everywhere(make, [[1, 2] * 4, [7]], limit=9, stride=3)
 
 
 def test_useless_guesses_become_rare() -> None:

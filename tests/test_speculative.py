@@ -250,27 +250,34 @@ class InterruptedAfter:
         return self.trace
 
 
-@pytest.mark.parametrize("name", ["right", "half", "lookup", "outside"])
-def test_an_interrupt_at_any_line_loses_and_repeats_nothing(name: str) -> None:
-    """Ctrl-C in the caller that drives: its own request ends, the others' go on as if nothing had been."""
+def interrupt_everywhere(make: Callable[[], Scheduler], prompts: list[list[int]], limit: int, stride: int) -> None:
+    """Ctrl-C in the caller that drives, at every `stride`-th line: others' requests go on as if nothing had been."""
     n_lines = 0
-    for n in range(0, 4000, 2):
-        scheduler = Scheduler(FakeModel(max_batch_tok=24), drafter=DRAFTERS[name]())
-        prompts = [[1, 2] * 3, [7, 8, 9]]
-        others = [request(prompt, 7) for prompt in prompts]
+    for n in range(0, 4000, stride):
+        scheduler = make()
+        others = [request(prompt, limit) for prompt in prompts]
         scheduler.submit(others)
         interrupt = InterruptedAfter(n)
         try:
             with interrupt:
-                finish(scheduler, [request([1], 8)])
+                finish(scheduler, [request([1], 9)])
         except KeyboardInterrupt:
             n_lines = n
         scheduler.advance(lambda others=others: not any(r.wants_step for r in others))  # type: ignore[misc]
         scheduler.release(others)
-        assert [tokens_of(other) for other in others] == [continuation(prompt, 7) for prompt in prompts]
+        assert [tokens_of(other) for other in others] == [continuation(prompt, limit) for prompt in prompts]
+        scheduler.close()
         if interrupt.left >= 0:
             break
     assert n_lines > 100 and interrupt.left >= 0, "not all lines were reached"
+
+
+@pytest.mark.parametrize("name", ["right", "half", "lookup", "outside"])
+def test_an_interrupt_at_any_line_loses_and_repeats_nothing(name: str) -> None:
+    def make() -> Scheduler:
+        return Scheduler(FakeModel(max_batch_tok=24), drafter=DRAFTERS[name]())
+
+    interrupt_everywhere(make, [[1, 2] * 3, [7, 8, 9]], limit=7, stride=2)
 
 
 # -------------------------------------------------------------------------------- texts
