@@ -109,9 +109,9 @@ MatmulArgs Activations::arguments(const Product& p) const {
 
 // One tile when few tokens wait for memory; else enough of them to be worth the decoding of a strip.
 int Activations::grain(int tiles) const {
-  constexpr int kFewTok = 8, kStripTiles = 2;
-  if (M_ <= kFewTok) return 1;
-  return std::max(1, tiles / (pool_.threads() * 16 * kStripTiles)) * kStripTiles;
+  if (M_ <= kernels_.few_tok) return 1;
+  const int strip = kernels_.strip_tiles;
+  return std::max(1, tiles / (pool_.threads() * 16 * strip)) * strip;
 }
 
 // The columns of an act-order import lie in another order: its input is reordered before it is quantized.

@@ -101,6 +101,8 @@ static inline size_t attend_scratch(int rows, const KvLayout& l) {
 
 struct Kernels {
   const char* isa;
+  int few_tok;      // up to so many tokens matmul() reads the weights as they lie; for more it decodes strips of them
+  int strip_tiles;  // tiles in such a strip
   void (*quantize_row)(const float* x, int K, XBlock* blocks);  // one row: x [K] → blocks [Kp/32]
   void (*matmul)(const MatmulArgs& a, int tile_begin, int tile_end);
   // y = x / sqrt(mean(x²) + eps) · w
