@@ -7,7 +7,7 @@
 namespace pyllama {
 namespace cpu {
 
-static_assert(kPageTok == 64, "kernels_attention.inc counts on pages of 64");
+static_assert(kPageTok == 64, "kernels_attention_page.inc counts on pages of 64");
 static_assert(kSplitTok % kPageTok == 0, "a split is whole pages");
 
 namespace {
