@@ -126,7 +126,7 @@ class Reply:
             prompt_s=request.first_s - request.start_s,
             decode_s=request.last_s - request.first_s,
             prompt_tok=len(request.prompt) - request.n_reused,
-            decode_tok=len(request.results) - 1,
+            decode_tok=n - 1,
             draft_n=request.n_drafted,
             draft_n_accepted=request.n_accepted,
         )
