@@ -48,8 +48,9 @@ class LLM:
 
     `enable_prefix_caching`: a prompt that begins like an earlier one, or like one beside it, is computed only from
     where they part; results are the same. For that, keys and values of up to `prefix_cache_tokens` tokens stay in
-    memory after their request, those used least recently go first; by default as many as the context holds, in at
-    most a quarter of the memory that is free when the model is opened.
+    memory after their request, in pages of 64, those used least recently go first; by default as many as the context
+    holds, in at most a quarter of the memory that is free when the model is opened. 0 is the same as
+    `enable_prefix_caching=False`: every prompt is computed whole.
 
     Raises FileNotFoundError, ModelFormatError, DeviceError, QuantizeError; ValueError for bad arguments. One LLM may
     be used from many threads: their requests share the model's steps, and do not change each other's results.
@@ -74,9 +75,8 @@ class LLM:
         _check_kv_dtype(kv_dtype)
         _check_count("n_ctx", n_ctx)
         _check_count("threads", threads)
-        _check_count("prefix_cache_tokens", prefix_cache_tokens)
+        cache = _cache_tok(enable_prefix_caching, prefix_cache_tokens)
         load_native()
-        cache = prefix_cache_tokens if enable_prefix_caching else 0
         opened = open_model(path, mmap=mmap, format=format)
         guide = open_model(draft, mmap=mmap) if draft is not None else None
         self._start(opened, n_ctx, threads, cache, speculative, guide, kv_dtype=kv_dtype)
@@ -397,11 +397,19 @@ def _check_kv_dtype(kv_dtype: str) -> None:
         raise ValueError(f'kv_dtype={kv_dtype!r}: expected "f16" or "q8"')
 
 
-def _check_count(name: str, value: int | None) -> None:
+def _check_count(name: str, value: int | None, least: int = 1) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least 1, or None")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}, or None")
+
+
+def _cache_tok(enabled: bool, n_tok: int | None) -> int | None:
+    """The prefix cache's size: 0 for none, None for the default."""
+    _check_count("prefix_cache_tokens", n_tok, least=0)
+    if not enabled and n_tok:
+        raise ValueError(f"prefix_cache_tokens={n_tok} and enable_prefix_caching=False: give one of them")
+    return n_tok if enabled else 0
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

@@ -620,8 +620,18 @@ def test_how_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, expected in ((None, 1024), (400 * page, 1024), (40 * page, 640), (43 * page, 640), (3 * page, 0)):
         monkeypatch.setattr("pyllama.prefix_cache.available_bytes", lambda free=free: free)
         assert default_cache_tok(MODEL, 1000) == expected
-    with pytest.raises(ValueError, match="prefix_cache_tokens=0"):
-        LLM("demo", prefix_cache_tokens=0)
+
+
+def test_how_caching_is_turned_off(demo_model: Any) -> None:
+    off: list[dict[str, Any]] = [{"prefix_cache_tokens": 0}, {"enable_prefix_caching": False}]
+    for options in (*off, off[0] | off[1]):
+        with LLM(demo_model, n_ctx=256, **options) as llm:
+            assert llm._scheduler._cache is None
+    for n in (-1, 2.5, True):
+        with pytest.raises(ValueError, match=f"prefix_cache_tokens={n}: expected an integer of at least 0, or None"):
+            LLM("demo", prefix_cache_tokens=n)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prefix_cache_tokens=512 and enable_prefix_caching=False: give one of them"):
+        LLM("demo", prefix_cache_tokens=512, enable_prefix_caching=False)
 
 
 def test_the_demos_second_turn(demo_model: Any) -> None:
