@@ -10,6 +10,7 @@ How much is guessed is speculative.py's policy; who feeds the guesses to the mod
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,17 +57,26 @@ def open_drafter(draft: OpenedModel, target: OpenedModel, n_ctx: int, threads: i
 
     Raises ValueError when the two do not have the same vocabulary.
     """
-    sizes = [int(opened.config["vocab_size"]) for opened in (target, draft)]
-    advice = "a draft model must have the vocabulary of the model that it drafts for"
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"draft={str(draft.path)!r}: {sizes[1]} tokens, the model has {sizes[0]}; {advice}")
-    for token in range(sizes[0]):
-        ours, theirs = (opened.tokenizer.token_bytes(token) for opened in (target, draft))
-        if ours != theirs:
-            raise ValueError(f"draft={str(draft.path)!r}: token {token} is {theirs!r}, the model's {ours!r}; {advice}")
+    _check_vocabulary(draft, target)
     n_ctx = min(n_ctx, int(draft.config["max_seq_len"]))
     model = load_native().Model(draft.native_config(n_ctx), draft.weights, threads=threads)
     return DraftModel(model, n_ctx, draft.step_bytes / target.step_bytes, row_costs(target.step_bytes))
+
+
+def _check_vocabulary(draft: OpenedModel, target: OpenedModel) -> None:
+    """Every token the same bytes. How far a model's matrices go on behind the last token does not matter."""
+
+    def piece(opened: OpenedModel, token: int) -> bytes:
+        tokenizer = opened.tokenizer
+        return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
+
+    for token in range(max(draft.tokenizer.vocab_size, target.tokenizer.vocab_size)):
+        theirs, ours = (piece(opened, token) for opened in (draft, target))
+        if ours != theirs:
+            raise ValueError(
+                f"draft={str(draft.path)!r}: token {token} is {theirs or 'not used'!r}, "
+                f"in the model {ours or 'not used'!r}; a draft model must have the vocabulary of its model"
+            )
 
 
 class DraftModel:
@@ -145,7 +155,10 @@ class DraftModel:
         request.may_draft = False
         if not self._warned:
             self._warned = True
-            warnings.warn(f"the draft model stops guessing for a request: {error}", RuntimeWarning, stacklevel=2)
+            try:
+                warnings.warn(f"the draft model stops guessing for a request: {error}", RuntimeWarning, stacklevel=2)
+            except RuntimeWarning as warning:  # python -W error: it would end a request, and perhaps somebody else's
+                print(f"RuntimeWarning: {warning}", file=sys.stderr)
 
     # -------------------------------------------------------------------------------- steps of the draft model
 

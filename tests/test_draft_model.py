@@ -63,8 +63,11 @@ def test_ends_and_limits() -> None:
         for token in whole.token_ids[::5]:
             end = {"stop_token_ids": [token]}
             assert told(llm.generate("hello", **options, **end)) == told(plain.generate("hello", **options, **end))
-        stop = whole.text[9:12]
-        assert list(llm.stream("hello", stop=stop, **options)) == list(plain.stream("hello", stop=stop, **options))
+        for place in range(3, 30, 4):
+            end = {"stop": whole.text[place : place + 3]}
+            assert list(llm.stream("hello", **options, **end)) == list(plain.stream("hello", **options, **end))
+            out = llm.generate("hello", **options, **end)
+            assert out.timings.decode_tok == out.usage.completion_tokens - 1, "without what was sampled behind the stop"
 
 
 def test_many_at_once_and_conversations() -> None:
@@ -127,6 +130,16 @@ def test_a_draft_model_that_breaks_ends_the_guessing_with_one_warning() -> None:
         assert drafter_of(llm)._model.pages_in_use == 0
 
 
+def test_a_warning_that_is_an_error_ends_no_request(capsys: pytest.CaptureFixture[str]) -> None:
+    """As under `python -W error`: neither the request that it is about is lost nor the one that drives."""
+    with tiny_llm() as plain, guided(broken_model()) as llm, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompts, options = ["abc", "xyz"], {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+        outs = llm.generate(prompts, **options)
+        assert [told(out) for out in outs] == [told(out) for out in plain.generate(prompts, **options)]
+    assert "RuntimeWarning: the draft model stops guessing for a request: logits are" in capsys.readouterr().err
+
+
 def test_no_memory_for_the_draft_model() -> None:
     class Poor(FakeModel):
         def sequence(self) -> Any:
@@ -185,16 +198,34 @@ def test_a_draft_model_as_dear_as_the_model_is_not_asked() -> None:
     assert Budget(1, 0, 99).take(repeat(0.9), 16, 0.1) > 3 > Budget(1, 0, 99).take(repeat(0.9), 16, 0.6)
 
 
-@pytest.mark.parametrize("other", ["size", "piece"])
+@pytest.mark.parametrize("other", ["piece", "more", "fewer"])
 def test_another_vocabulary_is_refused(other: str) -> None:
-    draft = tiny_model(vocab_size=VOCAB + (other == "size"))
+    draft = tiny_model(vocab_size=VOCAB + (other == "more"))
+    pieces = draft.tokenizer.table.pieces
     if other == "piece":
-        draft.tokenizer.table.pieces[70] = b"??"
-        expected = r"draft='tiny': token 70 is b'\?\?', the model's b'D'; a draft model must have the vocabulary"
+        pieces[70] = b"??"
+        expected = r"draft='tiny': token 70 is b'\?\?', in the model b'D'; a draft model must have the vocabulary"
+    elif other == "more":
+        pieces.append(b"new")
+        draft.tokenizer.vocab_size = VOCAB + 1
+        expected = f"token {VOCAB} is b'new', in the model 'not used'; a draft"
     else:
-        expected = f"draft='tiny': {VOCAB + 1} tokens, the model has {VOCAB}; a draft model must have the vocabulary"
+        pieces.pop()
+        draft.tokenizer.vocab_size = VOCAB - 1
+        expected = f"token {VOCAB - 1} is 'not used', in the model .*; a draft"
     with pytest.raises(ValueError, match=expected):
         tiny_llm(draft=draft)
+
+
+@pytest.mark.parametrize("more", [-1, 40])
+def test_matrices_may_be_padded_differently(more: int) -> None:
+    """As models of one family are. A guess that is no token of the model ends the guessing, as does one that the draft
+    model does not know."""
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 3, "max_tokens": 60, "ignore_eos": True}
+    with tiny_llm() as plain, guided(tiny_model(vocab_size=VOCAB + more)) as llm, warnings.catch_warnings(record=True):
+        for prompt in ("abcabc", "x\u00ff"):
+            out = llm.generate(prompt, **options)
+            assert told(out) == told(plain.generate(prompt, **options)) and out.timings.draft_n > 0
 
 
 def test_arguments() -> None:
