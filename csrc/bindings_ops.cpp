@@ -43,7 +43,10 @@ Floats matmul(const PyWeight& pw, const Floats& x, const std::string& isa, int t
   py::gil_scoped_release release;
   FloatEnvironment environment;
   ThreadPool pool(std::max(1, threads));
-  cpu::Activations in(M, w.K, kernels_for(isa), pool);
+  cpu::Activations in(w.K, kernels_for(isa), pool);
+  cpu::Arena arena;
+  in.claim(arena, M);
+  arena.allocate();
   in.set(data, w.K, M, w.K, nullptr, 0, &product, 1);
   in.multiply(&product, 1);
   return y;

@@ -21,15 +21,17 @@ WeightView slice(const Weight& w, int begin, int end) {
   return v;
 }
 
-Activations::Activations(int max_tok, int max_columns, const Kernels& kernels, ThreadPool& pool)
-    : kernels_(kernels), pool_(pool), max_columns_(max_columns) {
-  reordered_.resize(static_cast<size_t>(pool.threads()) * max_columns);
-  const size_t padded = static_cast<size_t>(round_up(max_columns, kColumnPad)), tok = static_cast<size_t>(max_tok);
-  normed_.resize(tok * padded);
-  blocks_.resize(tok * (padded / 32 + kRowSkew));
-  sum32_.resize(tok * padded / 32);
-  sum64_.resize(tok * (padded / 64 + 1));
-  sum128_.resize(tok * (padded / 128 + 1));
+Activations::Activations(int max_columns, const Kernels& kernels, ThreadPool& pool)
+    : kernels_(kernels), pool_(pool), max_columns_(max_columns) {}
+
+void Activations::claim(Arena& arena, int max_tok) {
+  const size_t padded = static_cast<size_t>(round_up(max_columns_, kColumnPad)), tok = static_cast<size_t>(max_tok);
+  arena.claim(&reordered_, static_cast<size_t>(pool_.threads()) * static_cast<size_t>(max_columns_));
+  arena.claim(&normed_, tok * padded);
+  arena.claim(&blocks_, tok * (padded / 32 + kRowSkew));
+  arena.claim(&sum32_, tok * padded / 32);
+  arena.claim(&sum64_, tok * (padded / 64 + 1));
+  arena.claim(&sum128_, tok * (padded / 128 + 1));
 }
 
 void sum_groups(const XBlock* x, int blocks, int per_group, float* out) {
@@ -41,25 +43,25 @@ void sum_groups(const XBlock* x, int blocks, int per_group, float* out) {
   }
 }
 
-void Activations::sum_row_groups(int m, int group, std::vector<float>& sums) {
+void Activations::sum_row_groups(int m, int group, float* sums) {
   const int64_t groups = (K_ + group - 1) / group;
-  sum_groups(blocks_.data() + m * ld_, Kp_ / 32, group / 32, sums.data() + m * groups);
+  sum_groups(blocks_ + m * ld_, Kp_ / 32, group / 32, sums + m * groups);
 }
 
 void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps) {
   const float* row = source_ + m * ld_source_;
   if (norm) {
-    float* y = normed_.data() + static_cast<int64_t>(m) * K_;
+    float* y = normed_ + static_cast<int64_t>(m) * K_;
     kernels_.rmsnorm(row, norm, K_, eps, y);
     row = y;
   }
   if (!quantize) return;
   if (order) {
-    float* reordered = reordered_.data() + static_cast<int64_t>(thread) * max_columns_;
+    float* reordered = reordered_ + static_cast<int64_t>(thread) * max_columns_;
     for (int k = 0; k < K_; k++) reordered[k] = row[order[k]];
     row = reordered;
   }
-  kernels_.quantize_row(row, K_, blocks_.data() + m * ld_);
+  kernels_.quantize_row(row, K_, blocks_ + m * ld_);
 }
 
 void Activations::set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products,
@@ -70,7 +72,7 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
   K_ = K;
   Kp_ = static_cast<int>(round_up(K, kColumnPad));
   ld_ = Kp_ / 32 + kRowSkew;
-  rows_ = norm ? normed_.data() : x;
+  rows_ = norm ? normed_ : x;
   ld_rows_ = norm ? K : ldx;
   bool quantize = false;
   bool offset[3] = {};  // groups of 32, 64, 128 that a format with an offset asks for
@@ -94,9 +96,9 @@ MatmulArgs Activations::arguments(const Product& p) const {
   MatmulArgs a{};
   a.w = view(*p.w);
   a.M = M_;
-  a.xq = {blocks_.data(), ld_, nullptr};
+  a.xq = {blocks_, ld_, nullptr};
   if (info(p.w->format).has_offset) {
-    a.xq.group_sum = (p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_).data();
+    a.xq.group_sum = p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_;
   }
   a.x = rows_;
   a.ldx = ld_rows_;
@@ -116,7 +118,7 @@ int Activations::grain(int tiles) const {
 
 // The columns of an act-order import lie in another order: its input is reordered before it is quantized.
 void Activations::multiply_reordered(const Product& p) {
-  std::vector<float>& sums = p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_;
+  float* sums = p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_;
   const float* source = source_;
   const int64_t ld_source = ld_source_;
   source_ = rows_;  // normed already

@@ -36,8 +36,10 @@ struct Product {
 
 class Activations {
  public:
-  Activations(int max_tok, int max_columns, const Kernels& kernels, ThreadPool& pool);
+  Activations(int max_columns, const Kernels& kernels, ThreadPool& pool);
 
+  // Claims what rows of so many tokens take; before the first set().
+  void claim(Arena& arena, int max_tok);
   // Takes the rows x[M][ldx] of K columns; they must stay until the products are done. norm: f32[K] or null.
   void set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products, int n);
   // y = W·x for each product, tiles spread over the threads.
@@ -51,7 +53,7 @@ class Activations {
  private:
   void prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps);
   void multiply_reordered(const Product& p);
-  void sum_row_groups(int m, int group, std::vector<float>& sums);
+  void sum_row_groups(int m, int group, float* sums);
 
   const Kernels& kernels_;
   ThreadPool& pool_;
@@ -62,10 +64,10 @@ class Activations {
   const float* rows_ = nullptr;  // [M][ld_rows_]: the source, or its normed copy
   int64_t ld_rows_ = 0;
   const int max_columns_;
-  std::vector<float> reordered_;               // per thread [max_columns]
-  Scratch<float> normed_;                      // [max_tok][max_columns]
-  Scratch<XBlock> blocks_;                     // [M][ld_]
-  std::vector<float> sum32_, sum64_, sum128_;  // [M][ceil(K/group)] sums of q·scale
+  float* reordered_ = nullptr;                                     // per thread [max_columns]
+  float* normed_ = nullptr;                                        // [max_tok][max_columns]
+  XBlock* blocks_ = nullptr;                                       // [M][ld_]
+  float *sum32_ = nullptr, *sum64_ = nullptr, *sum128_ = nullptr;  // [M][ceil(K/group)] sums of q·scale
 };
 
 }  // namespace cpu

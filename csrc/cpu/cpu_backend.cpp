@@ -24,6 +24,8 @@ namespace {
 
 // Of gate and of up, a thread makes so many values before SwiGLU reads them from its cache, and at least so many tiles.
 constexpr int kMlpValues = 1 << 16, kMlpTiles = 2;
+// Tokens that the buffers have room for until a step brings more.
+constexpr int kFewTok = 16;
 
 class CpuBackend final : public Backend {
  public:
@@ -33,22 +35,9 @@ class CpuBackend final : public Backend {
         kernels_(kernels_for(options.isa)),
         max_batch_tok_(options.max_batch_tok),
         pool_(options.threads > 0 ? options.threads : default_threads()),
-        in_(options.max_batch_tok, std::max({config.dim, config.q_dim(), config.hidden_dim}), kernels_, pool_),
+        in_(std::max({config.dim, config.q_dim(), config.hidden_dim}), kernels_, pool_),
         attention_(c_, kv_type(options.kv_dtype), kernels_, pool_),
-        head_(c_, w_, options.max_batch_tok, kernels_, pool_) {
-    const size_t tok = static_cast<size_t>(max_batch_tok_);
-    x_.resize(tok * c_.dim);
-    q_.resize(tok * c_.q_dim());
-    k_.resize(tok * c_.kv_dim());
-    v_.resize(tok * c_.kv_dim());
-    o_.resize(tok * c_.q_dim());
-    gate_.resize(tok * c_.hidden_dim);
-    up_.resize(tok * c_.hidden_dim);
-    h_.resize(tok * c_.hidden_dim);
-    mlp_.resize(static_cast<size_t>(pool_.threads()) * 2 * static_cast<size_t>(mlp_values()));
-    cos_.resize(tok * c_.head_dim / 2);
-    sin_.resize(tok * c_.head_dim / 2);
-  }
+        head_(c_, w_, kernels_, pool_) {}
 
   ~CpuBackend() override {
     for (uint8_t* slab : slabs_) free_zeroed(slab, slab_bytes());
@@ -81,6 +70,7 @@ class CpuBackend final : public Backend {
   }
 
   void begin(const Step& step) override {
+    reserve(step.n_tok);
     step_ = &step;
     float_environment_ = set_float_environment();
     pool_.wake();
@@ -100,18 +90,18 @@ class CpuBackend final : public Backend {
 
   void embed() override {
     pool_.run(step_->n_tok, [&](int t, int) {
-      dequantize_row(w_.tok_embeddings, step_->tokens[t], x_.data() + static_cast<int64_t>(t) * c_.dim);
+      dequantize_row(w_.tok_embeddings, step_->tokens[t], x_ + static_cast<int64_t>(t) * c_.dim);
     });
   }
 
   void attention_in(int layer) override {
     const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
     const Product products[] = {
-        {&w.wq, q_.data(), c_.q_dim(), bias(w.bq), false},
-        {&w.wk, k_.data(), c_.kv_dim(), bias(w.bk), false},
-        {&w.wv, v_.data(), c_.kv_dim(), bias(w.bv), false},
+        {&w.wq, q_, c_.q_dim(), bias(w.bq), false},
+        {&w.wk, k_, c_.kv_dim(), bias(w.bk), false},
+        {&w.wv, v_, c_.kv_dim(), bias(w.bv), false},
     };
-    in_.set(x_.data(), c_.dim, step_->n_tok, c_.dim, w.attn_norm.vector(), c_.norm_eps, products, 3);
+    in_.set(x_, c_.dim, step_->n_tok, c_.dim, w.attn_norm.vector(), c_.norm_eps, products, 3);
     in_.multiply(products, 3);
     // Sixteen tokens share the cache lines of their keys: one thread writes them.
     const int run = step_->n_tok >= 2 * kKeyBlock * pool_.threads() ? kKeyBlock : 1;
@@ -121,24 +111,22 @@ class CpuBackend final : public Backend {
     });
   }
 
-  void attention(int layer) override { attention_.run(layer, pages_.data(), q_.data(), o_.data()); }
+  void attention(int layer) override { attention_.run(layer, pages_.data(), q_, o_); }
 
-  void attention_out(int layer) override {
-    add_to_residual(w_.layers[static_cast<size_t>(layer)].wo, o_.data(), c_.q_dim());
-  }
+  void attention_out(int layer) override { add_to_residual(w_.layers[static_cast<size_t>(layer)].wo, o_, c_.q_dim()); }
 
   void mlp_in(int layer) override {
     const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
     const Product products[] = {
-        {&w.w_gate, gate_.data(), c_.hidden_dim, nullptr, false},
-        {&w.w_up, up_.data(), c_.hidden_dim, nullptr, false},
+        {&w.w_gate, gate_, c_.hidden_dim, nullptr, false},
+        {&w.w_up, up_, c_.hidden_dim, nullptr, false},
     };
-    in_.set(x_.data(), c_.dim, step_->n_tok, c_.dim, w.mlp_norm.vector(), c_.norm_eps, products, 2);
+    in_.set(x_, c_.dim, step_->n_tok, c_.dim, w.mlp_norm.vector(), c_.norm_eps, products, 2);
     if (w.w_gate.input_order || w.w_up.input_order) {
       in_.multiply(products, 2);
       pool_.run(step_->n_tok, [&](int t, int) {
         const int64_t at = static_cast<int64_t>(t) * c_.hidden_dim;
-        kernels_.swiglu(gate_.data() + at, up_.data() + at, c_.hidden_dim, h_.data() + at);
+        kernels_.swiglu(gate_ + at, up_ + at, c_.hidden_dim, h_ + at);
       });
       return;
     }
@@ -146,7 +134,7 @@ class CpuBackend final : public Backend {
     const MatmulArgs gate = in_.arguments(products[0]), up = in_.arguments(products[1]);
     const int tiles = w.w_gate.tiles(), most = std::max(kMlpTiles, kMlpValues / (kTileRows * step_->n_tok));
     pool_.run_ranges(tiles, in_.grain(tiles), [&](int begin, int end, int thread) {
-      float* values = mlp_.data() + static_cast<int64_t>(thread) * 2 * mlp_values();
+      float* values = mlp_ + static_cast<int64_t>(thread) * 2 * mlp_values();
       for (; begin < end; begin += most) {
         const int stop = std::min(end, begin + most);
         multiply_some(gate, w.w_gate, begin, stop, values);
@@ -156,15 +144,13 @@ class CpuBackend final : public Backend {
     });
   }
 
-  void mlp_out(int layer) override {
-    add_to_residual(w_.layers[static_cast<size_t>(layer)].w_down, h_.data(), c_.hidden_dim);
-  }
+  void mlp_out(int layer) override { add_to_residual(w_.layers[static_cast<size_t>(layer)].w_down, h_, c_.hidden_dim); }
 
   void head() override {
     const int n = step_->n_out;
     if (n == 0) return;
     logits_.resize(static_cast<size_t>(n) * c_.vocab_size);
-    head_.run(x_.data(), step_->out_rows, n, logits_.data());
+    head_.run(x_, step_->out_rows, n, logits_.data());
   }
 
   const float* logits() override { return logits_.data(); }
@@ -185,7 +171,7 @@ class CpuBackend final : public Backend {
   static const float* bias(const Weight& w) { return w.N ? w.vector() : nullptr; }
 
   void add_to_residual(const Weight& w, const float* in, int columns) {
-    const Product product{&w, x_.data(), c_.dim, nullptr, true};
+    const Product product{&w, x_, c_.dim, nullptr, true};
     in_.set(in, columns, step_->n_tok, columns, nullptr, 0, &product, 1);
     in_.multiply(&product, 1);
   }
@@ -198,26 +184,51 @@ class CpuBackend final : public Backend {
 
   void rotate_and_append(int layer, int t) {
     const int half = c_.head_dim / 2;
-    const float* cos = cos_.data() + static_cast<int64_t>(t) * half;
-    const float* sin = sin_.data() + static_cast<int64_t>(t) * half;
+    const float* cos = cos_ + static_cast<int64_t>(t) * half;
+    const float* sin = sin_ + static_cast<int64_t>(t) * half;
     for (int h = 0; h < c_.n_heads; h++) {
-      kernels_.rope(q_.data() + static_cast<int64_t>(t) * c_.q_dim() + h * c_.head_dim, cos, sin, c_.head_dim);
+      kernels_.rope(q_ + static_cast<int64_t>(t) * c_.q_dim() + h * c_.head_dim, cos, sin, c_.head_dim);
     }
     const Span& span = span_of(t);
     const int pos = step_->pos[t];
     const PageLayout& layout = attention_.layout();
     uint8_t* page = pages_[static_cast<size_t>(span.pages[pos / kPageTok])];
     for (int h = 0; h < c_.n_kv_heads; h++) {
-      float* k = k_.data() + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
-      const float* v = v_.data() + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
+      float* k = k_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
+      const float* v = v_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
       kernels_.rope(k, cos, sin, c_.head_dim);
       uint8_t* block = page + layout.head_offset(layer, h);
       kernels_.append_kv(k, v, layout.head, block, pos % kPageTok);
     }
   }
 
+  // Makes the buffers large enough: for a few tokens, as decoding needs, or for the largest step.
+  void reserve(int n_tok) {
+    if (n_tok <= reserved_tok_) return;
+    const int rows = n_tok <= kFewTok ? std::min(kFewTok, max_batch_tok_) : max_batch_tok_;
+    const size_t tok = static_cast<size_t>(rows);
+    Arena arena;
+    arena.claim(&x_, tok * c_.dim);
+    arena.claim(&q_, tok * c_.q_dim());
+    arena.claim(&k_, tok * c_.kv_dim());
+    arena.claim(&v_, tok * c_.kv_dim());
+    arena.claim(&o_, tok * c_.q_dim());
+    arena.claim(&gate_, tok * c_.hidden_dim);
+    arena.claim(&up_, tok * c_.hidden_dim);
+    arena.claim(&h_, tok * c_.hidden_dim);
+    arena.claim(&mlp_, static_cast<size_t>(pool_.threads()) * 2 * static_cast<size_t>(mlp_values(rows)));
+    arena.claim(&cos_, tok * c_.head_dim / 2);
+    arena.claim(&sin_, tok * c_.head_dim / 2);
+    in_.claim(arena, rows);
+    head_.claim(arena, rows);
+    arena.allocate();
+    arena_.swap(arena);
+    reserved_tok_ = rows;
+  }
+
   // The numbers that a thread keeps of gate, or of up, between their products and SwiGLU.
-  int64_t mlp_values() const { return std::max(kMlpValues, kMlpTiles * kTileRows * max_batch_tok_); }
+  static int64_t mlp_values(int n_tok) { return std::max(kMlpValues, kMlpTiles * kTileRows * n_tok); }
+  int64_t mlp_values() const { return mlp_values(reserved_tok_); }
 
   // y [n_tok][(end - begin) * kTileRows] = the tiles [begin, end) of a product.
   void multiply_some(MatmulArgs a, const Weight& w, int begin, int end, float* y) const {
@@ -232,7 +243,7 @@ class CpuBackend final : public Backend {
     const int n = std::min(columns, c_.hidden_dim - first);
     for (int t = 0; t < step_->n_tok; t++) {
       const float* gate = values + static_cast<int64_t>(t) * columns;
-      kernels_.swiglu(gate, gate + mlp_values(), n, h_.data() + static_cast<int64_t>(t) * c_.hidden_dim + first);
+      kernels_.swiglu(gate, gate + mlp_values(), n, h_ + static_cast<int64_t>(t) * c_.hidden_dim + first);
     }
   }
 
@@ -246,10 +257,13 @@ class CpuBackend final : public Backend {
   Head head_;
   const Step* step_ = nullptr;
   unsigned float_environment_ = 0;
-  Scratch<float> x_, q_, k_, v_, o_, gate_, up_, h_;  // [max_batch_tok][their width]
-  Scratch<float> mlp_;                                // per thread: values of gate, values of up
-  std::vector<float> cos_, sin_;                      // [max_batch_tok][head_dim/2]
-  std::vector<float> logits_;                         // [n_out][vocab_size]
+  int reserved_tok_ = 0;
+  Arena arena_;                                                                     // of all that follow but the logits
+  float *x_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *o_ = nullptr;  // [reserved_tok][their width]
+  float *gate_ = nullptr, *up_ = nullptr, *h_ = nullptr;                            // [reserved_tok][hidden_dim]
+  float* mlp_ = nullptr;                   // per thread: values of gate, values of up
+  float *cos_ = nullptr, *sin_ = nullptr;  // [reserved_tok][head_dim/2]
+  std::vector<float> logits_;              // [n_out][vocab_size]
   std::vector<uint8_t*> slabs_, pages_;
   std::vector<int> free_pages_;
 };

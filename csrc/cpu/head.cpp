@@ -16,34 +16,36 @@ constexpr int kTaskTiles = 16;  // at most
 
 }  // namespace
 
-Head::Head(const Config& config, const ModelWeights& weights, int max_rows, const Kernels& kernels, ThreadPool& pool)
+Head::Head(const Config& config, const ModelWeights& weights, const Kernels& kernels, ThreadPool& pool)
     : config_(config),
       norm_(weights.norm),
       w_(weights.output),
       kernels_(kernels),
       pool_(pool),
       quantized_(weights.output.quantized()),
-      digits_(quantized_ ? 2 : 1) {
-  const size_t rows = static_cast<size_t>(max_rows) * digits_;
-  normed_.resize(static_cast<size_t>(max_rows) * config.dim);
-  scratch_.resize(static_cast<size_t>(pool.threads()) * kRows * digits_ * kTaskTiles * kTileRows);
+      digits_(quantized_ ? 2 : 1) {}
+
+void Head::claim(Arena& arena, int max_rows) {
+  const size_t rows = static_cast<size_t>(max_rows) * digits_, threads = static_cast<size_t>(pool_.threads());
+  arena.claim(&normed_, static_cast<size_t>(max_rows) * config_.dim);
+  arena.claim(&scratch_, threads * kRows * digits_ * kTaskTiles * kTileRows);
+  arena.claim(&left_, threads * config_.dim);
   if (!quantized_) return;
-  left_.resize(static_cast<size_t>(pool.threads()) * config.dim);
-  blocks_.resize(rows * (w_.Kp() / 32 + kRowSkew));
-  if (info(w_.format).has_offset) group_sum_.resize(rows * w_.groups());
+  arena.claim(&blocks_, rows * (w_.Kp() / 32 + kRowSkew));
+  if (info(w_.format).has_offset) arena.claim(&group_sum_, rows * w_.groups());
 }
 
 void Head::prepare_row(const float* source, int m, float* left) {
   const int dim = config_.dim, blocks = w_.Kp() / 32;
-  float* row = normed_.data() + static_cast<int64_t>(m) * dim;
+  float* row = normed_ + static_cast<int64_t>(m) * dim;
   kernels_.rmsnorm(source, norm_.vector(), dim, config_.norm_eps, row);
   if (!quantized_) return;
   for (int k = 0; k < dim; k++) left[k] = row[w_.input_order ? w_.input_order[k] : k];
   for (int d = 0; d < digits_; d++) {
     const int64_t r = static_cast<int64_t>(m) * digits_ + d;
-    XBlock* x = blocks_.data() + r * (blocks + kRowSkew);
+    XBlock* x = blocks_ + r * (blocks + kRowSkew);
     kernels_.quantize_row(left, dim, x);
-    if (!group_sum_.empty()) sum_groups(x, blocks, w_.group / 32, group_sum_.data() + r * w_.groups());
+    if (group_sum_) sum_groups(x, blocks, w_.group / 32, group_sum_ + r * w_.groups());
     for (int k = 0; d + 1 < digits_ && k < dim; k++) {
       left[k] = std::fma(-static_cast<float>(x[k / 32].q[k % 32]), x[k / 32].scale, left[k]);
     }
@@ -62,10 +64,10 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
     const int count = std::min(rows, n - m0);
     const int64_t row = static_cast<int64_t>(m0) * digits_;
     a.M = count * digits_;
-    a.x = normed_.data() + static_cast<int64_t>(m0) * config_.dim;
+    a.x = normed_ + static_cast<int64_t>(m0) * config_.dim;
     if (quantized_) {
       const int64_t ld = blocks + kRowSkew;
-      a.xq = {blocks_.data() + row * ld, ld, group_sum_.empty() ? nullptr : group_sum_.data() + row * w_.groups()};
+      a.xq = {blocks_ + row * ld, ld, group_sum_ ? group_sum_ + row * w_.groups() : nullptr};
     }
     kernels_.matmul(a, 0, tile_end - tile_begin);
     for (int m = 0; m < count; m++) {
@@ -79,12 +81,12 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
 void Head::run(const float* x, const int32_t* rows, int n, float* logits) {
   pool_.run_ranges(n, rows_worth_a_task(config_.dim), [&](int begin, int end, int thread) {
     const int64_t dim = config_.dim;
-    for (int m = begin; m < end; m++) prepare_row(x + rows[m] * dim, m, left_.data() + thread * dim);
+    for (int m = begin; m < end; m++) prepare_row(x + rows[m] * dim, m, left_ + thread * dim);
   });
   const size_t scratch_size = static_cast<size_t>(kRows) * digits_ * kTaskTiles * kTileRows;
   pool_.run_ranges(w_.tiles(), 1, [&](int begin, int end, int thread) {
     for (; begin < end; begin += kTaskTiles) {
-      multiply(n, begin, std::min(end, begin + kTaskTiles), scratch_.data() + thread * scratch_size, logits);
+      multiply(n, begin, std::min(end, begin + kTaskTiles), scratch_ + thread * scratch_size, logits);
     }
   });
 }

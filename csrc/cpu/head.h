@@ -4,8 +4,6 @@
 // decoding the second digit is nearly free, for the weights are read once for both.
 #pragma once
 
-#include <vector>
-
 #include "../config.h"
 #include "dispatch.h"
 #include "scratch.h"
@@ -16,7 +14,10 @@ namespace cpu {
 
 class Head {
  public:
-  Head(const Config& config, const ModelWeights& weights, int max_rows, const Kernels& kernels, ThreadPool& pool);
+  Head(const Config& config, const ModelWeights& weights, const Kernels& kernels, ThreadPool& pool);
+
+  // Claims what so many rows take; before the first run().
+  void claim(Arena& arena, int max_rows);
 
   // x: [n_tok][dim], not normed; rows: [n] of them; logits: [n][vocab_size].
   void run(const float* x, const int32_t* rows, int n, float* logits);
@@ -31,12 +32,12 @@ class Head {
   const Kernels& kernels_;
   ThreadPool& pool_;
   const bool quantized_;
-  const int digits_;              // int8 rows per token
-  Scratch<float> normed_;         // [max_rows][dim]
-  Scratch<XBlock> blocks_;        // [max_rows * digits][ld]
-  std::vector<float> group_sum_;  // [max_rows * digits][groups]; for formats with an offset
-  std::vector<float> scratch_;    // per thread [kRows * digits][rows of a task]
-  std::vector<float> left_;       // per thread [dim]: what a row's digits have still to express
+  const int digits_;            // int8 rows per token
+  float* normed_ = nullptr;     // [max_rows][dim]
+  XBlock* blocks_ = nullptr;    // [max_rows * digits][ld]
+  float* group_sum_ = nullptr;  // [max_rows * digits][groups]; for formats with an offset
+  float* scratch_ = nullptr;    // per thread [kRows * digits][rows of a task]
+  float* left_ = nullptr;       // per thread [dim]: what a row's digits have still to express
 };
 
 }  // namespace cpu
