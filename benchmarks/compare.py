@@ -94,7 +94,7 @@ class Comparison:
             self._agree(row, ours, peer)
         seconds: dict[tuple[str, str], list[float]] = {}
         jobs = [("ours", ours, ours.settings[0])] + [("peer", peer, s) for s in settings if peer is not None]
-        probes = []
+        probes, own_probes = [], []
         for at in range(-1, self._arguments.rounds):  # round -1 warms up
             for side, worker, setting in jobs if at % 2 == 0 else reversed(jobs):
                 for work, what in ((row.work, ""), (row.base, "base ")):
@@ -105,6 +105,8 @@ class Comparison:
                 time.sleep(self._arguments.pause)
             if row.floor:
                 probes.append(float(ours.ask("probe", what=row.floor)["value"]))
+            if row.floor == "read":
+                own_probes.append(float(ours.ask("probe", what="weights")["value"]))
         record = judge.judge(
             row,
             seconds["ours", ours.settings[0]],
@@ -113,6 +115,7 @@ class Comparison:
             ours.info,
             seconds.get(("base ours", ours.settings[0]), ()),
             _of(seconds, "base peer"),
+            own_probes,
         )
         record["info"] = {"ours": ours.info} | ({"peer": peer.info} if peer is not None else {})
         if peer is not None:

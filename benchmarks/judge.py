@@ -59,8 +59,10 @@ def judge(
     info: Mapping[str, Any],
     ours_base: Sequence[float] = (),
     peer_base: Samples | None = None,
+    own_probes: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """The record of a row from its seconds. `..._base`: seconds of `row.base`, for rows of kind "itself"."""
+    """The record of a row from its seconds. `..._base`: seconds of `row.base`, for rows of kind "itself"; `own_probes`:
+    bandwidths of the memory where the weights lie, which a mapped file may have in another place."""
     record: dict[str, Any] = {"checks": []}
     setting = best_setting(peer) if peer else ""
     if peer:
@@ -68,6 +70,8 @@ def judge(
     if row.floor:
         found = shares(row, ours, probes, info)
         record |= {"share": spread(found), "floor": spread(probes)}
+        if own_probes:
+            record |= {"own_share": spread(shares(row, ours, own_probes, info)), "own_floor": spread(own_probes)}
     if row.kind == "itself":
         assert row.base is not None and peer_base is not None
         record["ours"] = spread(_relative(row, ours, ours_base))

@@ -123,4 +123,7 @@ def _share(row: Row, record: Mapping[str, Any]) -> str:
     if "share" not in record:
         return ""
     unit = "GB/s" if row.floor == "read" else "GOP/s"
-    return f"{record['share']['median']:.0%} of {record['floor']['median']:.0f} {unit}"
+    found = f"{record['share']['median']:.0%} of {record['floor']['median']:.0f} {unit}"
+    if "own_share" in record:
+        found += f"; where the weights lie {record['own_share']['median']:.0%} of {record['own_floor']['median']:.0f}"
+    return found

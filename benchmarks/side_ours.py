@@ -168,6 +168,8 @@ class Ours:
         """1e9 bytes or operations per second that the machine reaches now."""
         if what == "read":
             return float(self._native.read_bandwidth(self._model.threads, _PROBE_S))
+        if what == "weights":  # the same, of the model's own memory
+            return float(self._native.read_bandwidth(self._model.threads, _PROBE_S, self._opened.step_weights))
         return float(self._native.int8_peak(self._model.threads, _PROBE_S, self._model.isa))
 
 

@@ -443,8 +443,19 @@ void bind_machine(py::module_& m) {
   m.def("all_isas", &cpu_all_isas, "Instruction sets that this build has, best first.");
   m.def("format_table", &format_table, "The rows of csrc/formats.h.");
   m.def("default_threads", &default_threads, "Physical cores that affinity and the cgroup's quota allow.");
-  m.def("read_bandwidth", &read_bandwidth, py::arg("threads"), py::arg("seconds"),
-        py::call_guard<py::gil_scoped_release>(), "Streaming read of a buffer beyond the caches, GB/s.");
+  m.def(
+      "read_bandwidth",
+      [](int threads, double seconds, const std::vector<const PyWeight*>& weights) {
+        std::vector<Region> regions;
+        for (const PyWeight* w : weights) {
+          if (!w) throw py::type_error("weights: expected a Weight, found None");
+          regions.push_back({w->weight.codes, static_cast<size_t>(w->weight.payload_bytes)});
+        }
+        py::gil_scoped_release release;
+        return read_bandwidth(threads, seconds, regions);
+      },
+      py::arg("threads"), py::arg("seconds"), py::arg("weights") = std::vector<const PyWeight*>(),
+      "Streaming read of these weights where they lie, or of a buffer beyond the caches, GB/s.");
   m.def("int8_peak", &int8_peak, py::arg("threads"), py::arg("seconds"), py::arg("isa") = "",
         py::call_guard<py::gil_scoped_release>(), "int8 multiply-accumulates from registers, 1e9 operations/s.");
   m.def("build_info",

@@ -84,7 +84,8 @@ def all_isas() -> list[str]: ...          # those that this build has
 def format_table() -> list[dict[str, Any]]: ...
 def default_threads() -> int: ...
 def build_info() -> dict[str, str]: ...   # compiler, version
-def read_bandwidth(threads: int, seconds: float) -> float: ...   # GB/s, streaming read of a buffer beyond the caches
+def read_bandwidth(threads: int, seconds: float, weights: Seq[Weight] = ()) -> float:
+    """GB/s of a streaming read of these weights where they lie, or of a buffer beyond the caches."""
 def int8_peak(threads: int, seconds: float, isa: str = "") -> float: ...   # 1e9 operations/s of int8 dot products; a multiply-add is two
 
 class ops:

@@ -49,10 +49,15 @@ class OpenedModel:
         return frozenset(self.config["eos_token_ids"]) | frozenset(self.tokenizer.eos_ids)
 
     @property
-    def step_bytes(self) -> int:
-        """Bytes of weights that a step reads: all of them, but of embeddings only those that are the head too."""
+    def step_weights(self) -> list[Any]:
+        """The weights that a step reads: all of them, but of embeddings only those that are the head too."""
         skipped = () if self.config["tied_embeddings"] else ("tok_embeddings",)
-        return sum(weight.nbytes for name, weight in self.weights.items() if name not in skipped)
+        return [weight for name, weight in self.weights.items() if name not in skipped]
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step reads."""
+        return sum(weight.nbytes for weight in self.step_weights)
 
     def native_config(self, n_ctx: int) -> dict[str, Any]:
         """The config in the engine's words, for contexts of at most `n_ctx` tokens."""

@@ -66,6 +66,13 @@ def test_share_is_taken_against_the_probes_around_a_round() -> None:
     assert found == [needed / 2, needed / 2 / 2]
 
 
+def test_the_memory_where_the_weights_lie_has_a_share_of_its_own() -> None:
+    record = judge.judge(AGAINST, [2.0, 2.0], {"x": [3.0, 3.0]}, [4.0] * 3, INFO, own_probes=[2.0] * 3)
+    assert record["own_share"]["median"] == 2 * record["share"]["median"]
+    assert record["own_floor"]["median"] == 2.0
+    assert "where the weights lie" in table({"a": record}, (AGAINST,))
+
+
 @pytest.mark.parametrize(("value", "ok"), [(1.5, True), (1.49, False)])
 def test_marks_at_least(value: float, ok: bool) -> None:
     record = judge.judge(replace(AGAINST, floor="", share_goal=None), [1.0], {"x": [value]}, [], INFO)

@@ -599,3 +599,20 @@ def test_the_isa_and_the_threads_that_are_not_there(plain: SmallModel) -> None:
     assert plain.model(threads=0).threads == _C.default_threads() >= 1
     assert plain.model().isa in _C.isas()
     assert plain.model(max_batch_tok=33).max_batch_tok == 33
+
+
+def test_a_first_long_step_after_short_ones(plain: SmallModel) -> None:
+    """The buffers of a step grow with the first one of more than 16 tokens; what runs already goes on."""
+    model, tokens = plain.model(), random_tokens(plain, 60)
+    whole = all_logits(plain.model(), tokens)
+    early = model.sequence()
+    model.step([(early, tokens[:5], None, "none")])
+    assert np.array_equal(all_logits(model, tokens), whole)
+    assert np.array_equal(model.step([(early, tokens[5:], None, "all")])[0].logits, whole[5:])
+
+
+def test_bandwidth_of_weights_where_they_lie(plain: SmallModel) -> None:
+    weights = [w for w in plain.weights.values() if len(w.shape) == 2]
+    assert 0 < _C.read_bandwidth(2, 0.001, weights) < 10000
+    with pytest.raises(TypeError):
+        _C.read_bandwidth(2, 0.001, [None])

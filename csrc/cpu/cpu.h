@@ -2,6 +2,8 @@
 // and probes of the machine's two floors (bytes per second, operations per second).
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -14,8 +16,13 @@ std::string choose_isa(const std::string& wanted);
 
 int default_threads();  // physical cores that affinity and the cgroup's quota allow, at least 1
 
-// Streaming read of a buffer larger than the caches, GB/s (1e9). Takes about `seconds`.
-double read_bandwidth(int threads, double seconds);
+struct Region {
+  const uint8_t* data;
+  size_t size_bytes;
+};
+// Streaming read of these regions, or of a buffer of its own that is larger than the caches, GB/s (1e9). Takes about
+// `seconds`. Memory of one machine can differ: behind a mapped file, in small pages, far from the processor.
+double read_bandwidth(int threads, double seconds, const std::vector<Region>& regions = {});
 // int8 multiply-accumulates from registers, in 1e9 operations/s (a multiply-add is two).
 double int8_peak(int threads, double seconds, const std::string& isa);
 

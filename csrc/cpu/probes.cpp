@@ -16,26 +16,41 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 }  // namespace
 
-double read_bandwidth(int threads, double seconds) {
+double read_bandwidth(int threads, double seconds, const std::vector<Region>& regions) {
   const cpu::Kernels& kernels = cpu::kernels_for("");
-  constexpr size_t kBytes = size_t{1} << 30, kChunk = size_t{1} << 20;
+  constexpr size_t kChunk = size_t{1} << 20;
   struct Buffer {
-    uint8_t* data = static_cast<uint8_t*>(alloc_zeroed(kBytes));
-    ~Buffer() { free_zeroed(data, kBytes); }
-  } buffer;
+    size_t size_bytes;
+    uint8_t* data;
+    explicit Buffer(size_t n) : size_bytes(n), data(n ? static_cast<uint8_t*>(alloc_zeroed(n)) : nullptr) {}
+    ~Buffer() {
+      if (data) free_zeroed(data, size_bytes);
+    }
+  } buffer(regions.empty() ? size_t{1} << 30 : 0);
   ThreadPool pool(std::max(1, threads));
-  constexpr int kTasks = static_cast<int>(kBytes / kChunk);
+  std::vector<Region> chunks;
+  const auto add = [&](const uint8_t* data, size_t n) {
+    for (size_t at = 0; at < n; at += kChunk) chunks.push_back({data + at, std::min(kChunk, n - at)});
+  };
+  add(buffer.data, buffer.size_bytes);
   // Written once, so that every page is memory of its own and not the one shared page of zeros.
-  pool.run(kTasks, [&](int task, int) { std::fill_n(buffer.data + task * kChunk, kChunk, uint8_t(task)); });
+  pool.run(static_cast<int>(chunks.size()),
+           [&](int task, int) { std::fill_n(buffer.data + task * kChunk, kChunk, uint8_t(task)); });
+  for (const Region& region : regions) add(region.data, region.size_bytes);
+  double bytes = 0;
+  for (const Region& chunk : chunks) bytes += static_cast<double>(chunk.size_bytes);
   std::vector<uint64_t> sums(static_cast<size_t>(pool.threads()) * 8);
   double best = 0;
   const double end = now() + seconds;
   do {
     const double start = now();
-    pool.run(kTasks, [&](int task, int thread) {
-      sums[static_cast<size_t>(thread) * 8] += kernels.read_stream(buffer.data + task * kChunk, kChunk);
+    pool.run_ranges(static_cast<int>(chunks.size()), 1, [&](int begin, int end, int thread) {
+      for (; begin < end; begin++) {
+        const Region& chunk = chunks[static_cast<size_t>(begin)];
+        sums[static_cast<size_t>(thread) * 8] += kernels.read_stream(chunk.data, chunk.size_bytes);
+      }
     });
-    best = std::max(best, kBytes / (now() - start) / 1e9);
+    best = std::max(best, bytes / (now() - start) / 1e9);
   } while (now() < end);
   volatile uint64_t keep = sums[0];
   (void)keep;
