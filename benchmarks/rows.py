@@ -20,8 +20,9 @@ class Work:
     prefill  `n` tokens in steps of at most 512, the head for the last one only
     step     one step of `n` tokens with the head for each, the mean of `repeat`
     matmuls  the products of all layers with `n` tokens and nothing else (ours only)
-    python   what happens between two of `n` steps in `LLM.generate` (ours only)
-    python-warm  the same where steps only pretend to run, so that the caches stay as they were
+    python   what happens outside of the engine's calls for each of `n` tokens in `LLM.generate` (ours only)
+    python-stream  the same in `LLM.stream`, which makes one call for each token
+    python-warm  `python` where calls only pretend to run, so that the caches stay as they were
     start    a fresh process from opening the model to its first token, imports done
     """
 
@@ -92,7 +93,9 @@ ROWS = (
     Row("prefill-demo", "prefill 512, 135M demo", "demo", "demo", PREFILL, 2.0, floor="int8"),
     Row("python", "our Python between two steps", "demo", "", Work("python", 256), 10, "absolute",
         at_most=True, unit="µs/token"),
-    Row("python-warm", "the same without the model's sweep through the caches", "demo", "",
+    Row("python-stream", "our Python for a token of a stream", "demo", "", Work("python-stream", 256), 10, "absolute",
+        at_most=True, unit="µs/token"),
+    Row("python-warm", "our Python between two steps, without the model's sweep through the caches", "demo", "",
         Work("python-warm", 256), 10, "absolute", at_most=True, unit="µs/token"),
     Row("decode-1b", "decode 128, 1B, q4 g32", "1b-q4", "1b-q4_0", DECODE, 1.08, floor="read", share_goal=0.95),
     Row("prefill-1b", "prefill 512, 1B, q4 g32", "1b-q4", "1b-q4_0", PREFILL, 2.3, floor="int8", share_goal=0.62),

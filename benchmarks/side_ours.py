@@ -80,6 +80,7 @@ class Ours:
             "step": self._step,
             "matmuls": self._matmuls,
             "python": self._python,
+            "python-stream": self._python,
             "python-warm": self._python,
         }
         return timed[work.kind](work)
@@ -125,16 +126,21 @@ class Ours:
         return (time.perf_counter() - start) * int(self._opened.config["n_layers"])
 
     def _python(self, work: Work) -> float:
-        """Seconds between the end of a step and the start of the next, in `LLM.generate`: the median."""
+        """Seconds outside of the engine for each token: the median between two calls, times their number."""
         from pyllama import LLM
         from pyllama.scheduler import Scheduler
 
         llm = LLM(self._opened.path, threads=self._model.threads)
         stopwatch = _Stopwatch(llm._model, replay=work.kind == "python-warm")
         llm._scheduler = Scheduler(stopwatch)
-        llm.generate(tokens_for(self._vocab_size, 8), max_tokens=work.n, temperature=0, ignore_eos=True)
+        prompt, options = tokens_for(self._vocab_size, 8), {"max_tokens": work.n, "temperature": 0, "ignore_eos": True}
+        if work.kind == "python-stream":
+            n_tok = sum(1 for _ in llm.stream(prompt, **options))
+        else:
+            n_tok = len(llm.generate(prompt, **options).token_ids)
         llm.close()
-        return statistics.median(stopwatch.gaps())
+        gaps = stopwatch.gaps()
+        return statistics.median(gaps) * len(gaps) / (n_tok - 1)
 
     def _sequences(self, work: Work) -> list[Any]:
         """Sequences of `depth` tokens; the last ones again if they fit."""
@@ -186,27 +192,29 @@ def _without_tokenizer(path: Path, load_folder: Callable[[Path], Any]) -> Any:
 
 
 class _Stopwatch:
-    """A model that notes when its steps begin and end.
+    """A model that notes when its calls begin and end.
 
-    `replay`: after the first token every step gives that token again, without running the model: what is between the
-    steps then runs from warm caches, which the weights would otherwise have swept.
+    `replay`: a call that is like the one before gives what that gave, without running the model: what is between the
+    calls then runs from warm caches, which the weights would otherwise have swept.
     """
 
     def __init__(self, model: Any, replay: bool) -> None:
         self._model = model
         self._replay = replay
         self._last: Any = None
+        self._like: Any = None  # what it was asked for: number of tokens, further steps
         self._begun: list[float] = []
         self._ended: list[float] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def step(self, items: Any) -> Any:
+    def step(self, items: Any, n_more: int) -> Any:
         self._begun.append(time.perf_counter())
         results = self._last
-        if results is None or not self._replay or len(items[0][1]) > 1:
-            results = self._last = self._model.step(items)
+        if not self._replay or self._like != (len(items[0][1]), n_more):
+            results = self._last = self._model.step(items, n_more)
+            self._like = (len(items[0][1]), n_more)
         self._ended.append(time.perf_counter())
         return results
 

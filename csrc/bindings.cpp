@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <limits>
 #include <map>
@@ -92,7 +93,8 @@ uint64_t seed_from(const py::int_& seed) {
 
 SamplerParams make_sampler(double temperature, int top_k, double top_p, double min_p, double repetition_penalty,
                            double presence_penalty, double frequency_penalty,
-                           const std::map<int32_t, float>& logit_bias, int logprobs, const py::int_& seed) {
+                           const std::map<int32_t, float>& logit_bias, int logprobs, const py::int_& seed,
+                           const std::vector<int32_t>& end_ids) {
   SamplerParams params;
   params.temperature = temperature;
   params.top_k = top_k;
@@ -104,6 +106,8 @@ SamplerParams make_sampler(double temperature, int top_k, double top_p, double m
   params.logit_bias.assign(logit_bias.begin(), logit_bias.end());
   params.logprobs = logprobs;
   params.seed = seed_from(seed);
+  params.end_ids = end_ids;
+  std::sort(params.end_ids.begin(), params.end_ids.end());
   check_sampler(params);
   return params;
 }
@@ -185,7 +189,7 @@ void bind_sampler(py::module_& m) {
            py::arg("presence_penalty") = defaults.presence_penalty,
            py::arg("frequency_penalty") = defaults.frequency_penalty,
            py::arg("logit_bias") = std::map<int32_t, float>{}, py::arg("logprobs") = defaults.logprobs,
-           py::arg("seed") = defaults.seed)
+           py::arg("seed") = defaults.seed, py::arg("end_ids") = defaults.end_ids)
       .def("sample", &sample_once, py::arg("logits"), py::arg("tokens"), py::arg("prompt_len") = 0,
            "What a step would sample from float32 logits [vocab_size] after these tokens; the seed's position is "
            "len(tokens).");
@@ -246,8 +250,9 @@ struct PyModel {
   int threads = 0;
   std::string isa;
   std::unique_ptr<Model> model;
-  std::timed_mutex mutex;  // held by a running step, always taken without the GIL
-  Sampler sampler;         // guarded by mutex
+  std::timed_mutex mutex;            // held by a running step, always taken without the GIL
+  Sampler sampler;                   // guarded by mutex
+  std::atomic<bool> hurried{false};  // a call of several steps is to end after the one it is in
 };
 
 std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& weights, int threads,
@@ -377,21 +382,25 @@ class InterruptPoll {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-std::vector<std::vector<Sampled>> run_without_gil(PyModel& self, const std::vector<StepItem>& items) {
+std::vector<std::vector<Sampled>> run_without_gil(PyModel& self, std::vector<StepItem>& items, int n_more) {
   const py::gil_scoped_release no_gil;
   InterruptPoll poll;
   while (!self.mutex.try_lock_for(InterruptPoll::kInterval)) poll();
   const std::lock_guard<std::timed_mutex> lock(self.mutex, std::adopt_lock);
-  return run_step(*self.model, self.sampler, items, [&poll] { poll(); });
+  auto sampled = run_steps(
+      *self.model, self.sampler, std::move(items), n_more, [&poll] { poll(); },
+      [&self] { return self.hurried.load(); });
+  self.hurried = false;  // the caller now sees what there was to hurry for
+  return sampled;
 }
 
-py::list step(PyModel& self, const py::iterable& batch) {
+py::list step(PyModel& self, const py::iterable& batch, int n_more) {
   PyBatch read = read_batch(batch);
   check_batch(*self.model, read.items);  // before memory for logits is taken
   allocate_logits(read, self.model->config().vocab_size);
   std::vector<std::vector<Sampled>> sampled;
   try {
-    sampled = run_without_gil(self, read.items);
+    sampled = run_without_gil(self, read.items, n_more);
   } catch (const Interrupted&) {
     throw py::error_already_set();
   }
@@ -418,7 +427,11 @@ void bind_model(py::module_& m) {
           },
           py::arg("sequences"), "How many pages closing all of these would give back.")
       .def("sequence", [](const PyModel& self) { return self.model->new_sequence(); })
-      .def("step", &step, py::arg("batch"), "Runs the tokens of every item through the model in one pass.");
+      .def("step", &step, py::arg("batch"), py::arg("n_more") = 0,
+           "Runs the tokens of every item through the model in one pass, and then up to n_more sampled ones.")
+      .def(
+          "hurry", [](PyModel& self) { self.hurried = true; },
+          "A call of several steps, running or about to, ends after the step it is in.");
 }
 
 // ---- the rest

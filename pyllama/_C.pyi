@@ -1,4 +1,4 @@
-"""The extension's Python surface (csrc/bindings.cpp). One `Model.step` call per token step, GIL released."""
+"""The extension's Python surface (csrc/bindings.cpp). One `Model.step` call per step, or for several; GIL released."""
 
 from collections.abc import Sequence as Seq
 from typing import Any, overload
@@ -25,8 +25,8 @@ class Sampler:
     def __init__(
         self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
         repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
-        logit_bias: dict[int, float] = ..., logprobs: int = -1, seed: int = 0,
-    ) -> None: ...
+        logit_bias: dict[int, float] = ..., logprobs: int = -1, seed: int = 0, end_ids: Seq[int] = (),
+    ) -> None: ...   # end_ids: tokens that end a call of several steps
     def sample(self, logits: NDArray[np.float32], tokens: Seq[int], prompt_len: int = 0) -> StepResult:
         """What a step would sample from these logits [vocab_size] after these tokens (for tests)."""
 
@@ -45,7 +45,7 @@ class Sample:
     top_logprobs: list[tuple[int, float]]
 
 class StepResult:
-    samples: list[Sample]                      # the sampled tokens: one, and one more per accepted draft; [] if none was asked for
+    samples: list[Sample]                      # the sampled tokens: one, one more per accepted draft and further pass; [] without sampler
     token: int                                 # the first of them, -1 if there is none
     logprob: float
     top_logprobs: list[tuple[int, float]]
@@ -69,15 +69,20 @@ class Model:
     def sequence(self) -> Sequence: ...
     def step(
         self, batch: Seq[tuple[Sequence, Any, Sampler | None, str] | tuple[Sequence, Any, Sampler | None, str, int]],
+        n_more: int = 0,
     ) -> list[StepResult]:
-        """Runs the tokens of every item through the model in one pass.
+        """Runs the tokens of every item through the model in one pass; then up to n_more passes of the tokens just sampled.
 
         An item is (sequence, int32 token ids (at least one), sampler or None, logits: "none" | "last" | "all"[, n_draft]):
         the last n_draft ids are guesses. As many of them as equal what is sampled before them stay in the sequence, and
         `samples` are the tokens that as many steps of one token would have given, for every sampler.
+        With n_more every item needs a sampler and logits "none"; `samples` are the tokens that as many calls would have
+        given. Fewer passes are made after one of a sampler's end_ids, after hurry(), and where one fails: the next call
+        then raises why.
         Raises ValueError for a token out of range or more than max_batch_tok tokens in all; KeyboardInterrupt between
         layers when Ctrl-C is pending: then no sequence has changed.
         """
+    def hurry(self) -> None: ...  # from any thread: a call of several passes ends after the one it is in
 
 def isas() -> list[str]: ...              # instruction sets that this machine runs and this build has, best first
 def all_isas() -> list[str]: ...          # those that this build has

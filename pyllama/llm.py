@@ -258,11 +258,12 @@ class LLM:
                 f"the prompt has {len(ids)} tokens, but the context holds {self.n_ctx} and the reply needs at least one"
                 + self._advice()
             )
+        end_ids = frozenset(settled.stop_token_ids or ()) | (frozenset() if settled.ignore_eos else self._end_ids)
         request = Request(
             ids,
-            sampler=load_native().Sampler(**settled.native_arguments()),
+            sampler=load_native().Sampler(**settled.native_arguments(), end_ids=list(end_ids)),
             limit=min(room, settled.max_tokens or room),
-            end_ids=frozenset(settled.stop_token_ids or ()) | (frozenset() if settled.ignore_eos else self._end_ids),
+            end_ids=end_ids,
             sequence=session and session.sequence,
             keep_sequence=session is not None,
         )
@@ -314,6 +315,8 @@ class LLM:
                     waiting.remove(reply)
             return not waiting
 
+        for reply in replies:
+            reply.request.watched = reply.has_stops
         waiting = list(replies)
         self._finish([reply.request for reply in replies], all_through)
         return [reply.output() for reply in replies]

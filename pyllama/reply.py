@@ -63,7 +63,7 @@ class Reply:
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream()
         self._matcher = StopMatcher(stop)
-        self._has_stops = bool(stop)
+        self.has_stops = bool(stop)
         self._with_logprobs = logprobs
         self._seed = seed
         self.pieces: list[Piece] = []
@@ -78,7 +78,7 @@ class Reply:
     def is_through(self) -> bool:
         """True when the reply is finished. Reads text only if that could end it. Raises what stopped the request."""
         request = self.request
-        if self._has_stops or request.done or request.error is not None:
+        if self.has_stops or request.done or request.error is not None:
             self.take()
         return self.finish_reason is not None
 

@@ -33,6 +33,7 @@ from .speculative import Drafter
 Item = tuple[Any, Any, Any, str, int]  # of a step: sequence, tokens, sampler, logits wanted, n_draft
 
 MAX_SEQUENCES = 64  # requests in one step; the others wait for their turn
+_MOST_MORE = 15  # steps that a call adds to the first, where nobody looks before the end
 _LOGITS_CHUNK_TOK = 64  # rows of logits per step: 64 rows of a 128k vocabulary are 33 MB
 _RECHECK_S = 0.1  # a waiting thread looks again after this, should a wake-up have been lost to Ctrl-C
 
@@ -42,7 +43,8 @@ class Request:
 
     `prompt`: int32 [n], n >= 1. `limit`: tokens to sample at most. With `sampler` None, every chunk's logits are
     recorded instead. `sequence` hands in a cache to go on with, if none is found that has more in common with the
-    prompt; with `keep_sequence` the request still has its sequence when it is through.
+    prompt; with `keep_sequence` the request still has its sequence when it is through. `watched` may be taken back by
+    an owner that does not look at the tokens before the last one: several of them may then come at once.
     """
 
     def __init__(
@@ -61,11 +63,12 @@ class Request:
         self.end_ids = end_ids
         self.sequence = sequence
         self.keep_sequence = keep_sequence
+        self.watched = True
         self.waits_for: tuple[Request, int] | None = None  # who is about to read how much of a common beginning
         self.started = False
         self.n_reused = 0  # tokens of the prompt that were in a cache already
         self.n_fed = 0  # tokens of the prompt that are in the cache
-        self.results: list[Any] = []  # a StepResult per sampled token (or per chunk, for logits)
+        self.results: list[Any] = []  # a Sample per sampled token (for logits: a StepResult per chunk)
         self.decoding = False  # the prompt is through, a token was sampled
         self.last_token = -1  # that one
         self.done = False  # nothing more to compute; may be set by the owner (a stop string)
@@ -148,12 +151,13 @@ class Request:
                 return
             self.first_s = now
         self.last_s = now
-        if n_draft:
+        if self.sampler is None:
+            self.results.append(result)
+        else:
             self.results.extend(result.samples)
+        if n_draft:
             self.n_drafted += n_draft
             self.n_accepted += len(result.samples) - 1
-        else:
-            self.results.append(result)
         self.check_done()
 
     def check_done(self) -> None:
@@ -203,6 +207,7 @@ class Scheduler:
         if self._closed:
             raise ValueError("this LLM is closed")
         self._requests.extend(requests)
+        self._hurry()
 
     def advance(self, has_news: Callable[[], bool]) -> None:
         """Returns as soon as `has_news()`: by driving steps, or by waiting for the thread that does."""
@@ -230,9 +235,16 @@ class Scheduler:
         """
         chore = _Chore(action)
         self._chores.append(chore)
+        self._hurry()
         while not chore.done:
             if not self._drive(self._do_chores):
                 self._wait(lambda: chore.done)
+
+    def _hurry(self) -> None:
+        """Something new has come: a call of many steps that is under way shall end with the next."""
+        model = self._model
+        if model is not None:
+            model.hurry()
 
     def close(self) -> None:
         """Fails what is still running, frees every sequence and lets go of the model."""
@@ -398,6 +410,14 @@ class Scheduler:
             items.append(item)
         return members, items
 
+    def _n_more(self, members: list[Request]) -> int:
+        """How many steps the engine may add by itself: none if anybody wants a say, or a look, before the next one."""
+        if self._drafter is not None or len(members) < min(len(self._requests), self._max_sequences):
+            return 0
+        if any(request.watched or not request.decoding for request in members):
+            return 0
+        return min(_MOST_MORE, *(request.limit - len(request.results) - 1 for request in members))
+
     def _drafts(self, decoding: list[Request], reading: list[Request]) -> dict[Request, list[int]]:
         """What to guess, in rows that nobody else needs. A guess stops before a token that would end the text."""
         assert self._drafter is not None
@@ -426,7 +446,7 @@ class Scheduler:
             return
         self._dirty = True
         try:
-            results = self._model.step(items)
+            results = self._model.step(items, self._n_more(members))
         except Exception as error:
             if isinstance(error, MemoryError) and self._cache is not None and self._cache.clear():
                 return  # the step has changed nothing: it is made again, with what the cache has given back

@@ -157,8 +157,8 @@ def test_no_memory_for_the_draft_model() -> None:
 class Forgetful(FakeModel):
     """A draft model that is wrong after every fourth token."""
 
-    def step(self, items: list[Any]) -> list[Any]:
-        results = super().step(items)
+    def step(self, items: list[Any], n_more: int = 0) -> list[Any]:
+        results = super().step(items, n_more)
         for result, (sequence, *_) in zip(results, items, strict=True):
             if len(sequence.tokens) % 4 == 0 and result.samples:
                 result.token = result.samples[0].token = (result.token + 1) % 97
@@ -177,8 +177,8 @@ def test_useless_guesses_become_rare() -> None:
     """A draft model that is always wrong costs a few hundredths of the steps, and is asked again later."""
 
     class Wrong(FakeModel):
-        def step(self, items: list[Any]) -> list[Any]:
-            results = super().step(items)
+        def step(self, items: list[Any], n_more: int = 0) -> list[Any]:
+            results = super().step(items, n_more)
             for result in results:
                 result.token = (result.token + 1) % 97
             return results

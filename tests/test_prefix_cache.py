@@ -398,11 +398,11 @@ def test_the_cache_is_given_up_before_a_request_fails_for_want_of_memory() -> No
     """A machine of 10 pages: a step that needs more raises MemoryError, as the engine does."""
 
     class Small(FakeModel):
-        def step(self, items: list[Any]) -> list[Any]:
+        def step(self, items: list[Any], n_more: int = 0) -> list[Any]:
             new = sum(-(-(s.n_past + len(t)) // self.PAGE_TOK) - -(-s.n_past // self.PAGE_TOK) for s, t, *_ in items)
             if self.pages_in_use + new > 10:
                 raise MemoryError
-            return super().step(items)
+            return super().step(items, n_more)
 
     model = Small(max_batch_tok=64)
     scheduler = Scheduler(model, cache_tok=4000)

@@ -6,6 +6,7 @@ Texts and stop strings: test_llm.py, on the real engine.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,7 @@ class FakeModel:
         self.trouble: Callable[[int], None] = lambda n: None
         self.after: Callable[[int], None] = lambda n: None
         self._busy = threading.Lock()
+        self._hurried = False
 
     def sequence(self) -> FakeSequence:
         return FakeSequence(self, [])
@@ -88,7 +90,7 @@ class FakeModel:
         texts = [s.tokens for s in sequences if not s.closed]
         return {tuple(text[: i + self.PAGE_TOK]) for text in texts for i in range(0, len(text), self.PAGE_TOK)}
 
-    def step(self, items: list[Any]) -> list[Any]:
+    def step(self, items: list[Any], n_more: int = 0) -> list[Any]:
         assert self._busy.acquire(blocking=False), "two steps at once"
         try:
             n = len(self.batches)
@@ -99,10 +101,24 @@ class FakeModel:
             if not all(0 <= token < VOCAB for _, tokens, *_ in items for token in tokens):
                 raise ValueError("a token outside the vocabulary")
             results = [self._run(*item) for item in items]
+            while n_more and not self._ended(items, results):
+                n_more -= 1
+                for (sequence, _, sampler, _, _), result in zip(items, results, strict=True):
+                    result.samples += self._run(sequence, [result.samples[-1].token], sampler, "none", 0).samples
+            self._hurried = False
             self.after(n)
             return results
         finally:
             self._busy.release()
+
+    def _ended(self, items: list[Any], results: list[Any]) -> bool:
+        """Whether a call of several steps stops here."""
+        assert all(sampler is not None and wanted == "none" for _, _, sampler, wanted, _ in items)
+        ends = [getattr(sampler, "end_ids", ()) for _, _, sampler, _, _ in items]
+        return self._hurried or any(r.samples[-1].token in end_ids for r, end_ids in zip(results, ends, strict=True))
+
+    def hurry(self) -> None:
+        self._hurried = True
 
     @staticmethod
     def _run(sequence: FakeSequence, tokens: Any, sampler: Any, wanted: str, n_draft: int) -> Any:
@@ -291,12 +307,12 @@ def test_a_failure_is_its_own_requests_alone(poisons: tuple[int, ...]) -> None:
     """A prompt with a poisonous token makes every step fail that holds it; its neighbours must not notice."""
 
     class Poisoned(FakeModel):
-        def step(self, items: list[Any]) -> list[Any]:
+        def step(self, items: list[Any], n_more: int = 0) -> list[Any]:
             prompts = [tokens for sequence, tokens, *_ in items if sequence.n_past < sequence.prompt_len]
             found = [int(token) for tokens in prompts for token in tokens if token in poisons]
             if found:
                 raise ValueError(f"poison {found[0]}")
-            return super().step(items)
+            return super().step(items, n_more)
 
     prompts = [[1, 2, 3], [50, 4], [7, 8], [51, 5, 6], [9] * 20, [*range(60, 90)]]
     requests = [request(prompt, 6) for prompt in prompts] + [request([80, 2, 3], sampler=None), request([3], 6)]
@@ -328,14 +344,14 @@ def test_an_interrupt_while_a_failed_step_is_taken_apart() -> None:
     calls: list[int] = []
 
     class Broken(FakeModel):
-        def step(self, items: list[Any]) -> list[Any]:
+        def step(self, items: list[Any], n_more: int = 0) -> list[Any]:
             calls.append(len(items))
             if len(calls) == 1:
                 raise ValueError("boom")
             if len(calls) == 3:
-                super().step(items)
+                super().step(items, n_more)
                 raise KeyboardInterrupt
-            return super().step(items)
+            return super().step(items, n_more)
 
     scheduler = Scheduler(Broken(max_batch_tok=64))
     others = [request([i, i + 1], 5) for i in range(4)]
@@ -367,6 +383,12 @@ def test_many_threads_share_one_scheduler() -> None:
     scheduler = Scheduler(model, max_sequences=5)
     wrong: list[object] = []
     start = threading.Barrier(12)
+    model.trouble = lambda n: meet() if n == 0 else None
+
+    def meet() -> None:
+        deadline = time.monotonic() + 20
+        while len(scheduler._requests) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def work(i: int) -> None:
         start.wait()

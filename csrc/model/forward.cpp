@@ -148,6 +148,25 @@ std::vector<Sampled> sample_item(Sampler& sampler, const StepItem& item, const f
   return sampled;
 }
 
+std::vector<int> lengths(const std::vector<StepItem>& batch) {
+  std::vector<int> n_past;
+  for (const StepItem& item : batch) n_past.push_back(item.sequence->n_past());
+  return n_past;
+}
+
+// Makes the batch that reads what was just sampled; false if that ended one of the texts.
+bool feed_back(std::vector<StepItem>& batch, const std::vector<std::vector<Sampled>>& sampled) {
+  bool all_go_on = true;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const int token = sampled[i].back().token;
+    const std::vector<int32_t>& ends = batch[i].sampler->end_ids;
+    all_go_on = all_go_on && !std::binary_search(ends.begin(), ends.end(), token);
+    batch[i].tokens.assign(1, token);
+    batch[i].n_draft = 0;
+  }
+  return all_go_on;
+}
+
 }  // namespace
 
 int StepItem::n_logit_rows() const {
@@ -204,6 +223,32 @@ std::vector<std::vector<Sampled>> run_step(const Model& model, Sampler& sampler,
   }
   poll();
   prepared.commit(results);
+  return results;
+}
+
+std::vector<std::vector<Sampled>> run_steps(const Model& model, Sampler& sampler, std::vector<StepItem> batch,
+                                            int n_more, const std::function<void()>& poll,
+                                            const std::function<bool()>& enough) {
+  check<std::invalid_argument>(n_more >= 0, "n_more is ", n_more, ", expected 0 or more");
+  for (const StepItem& item : batch) {
+    check<std::invalid_argument>(n_more == 0 || (item.sampler && item.wanted == LogitsWanted::none),
+                                 "n_more needs a sampler for every item, and logits \"none\"");
+  }
+  const std::vector<int> n_past = lengths(batch);
+  std::vector<std::vector<Sampled>> results = run_step(model, sampler, batch, poll);
+  for (; n_more > 0 && feed_back(batch, results) && !enough(); --n_more) {
+    std::vector<std::vector<Sampled>> more;
+    try {
+      for (auto& sampled : results) sampled.reserve(sampled.size() + 1);
+      more = run_step(model, sampler, batch, poll);
+    } catch (const Interrupted&) {
+      for (size_t i = 0; i < batch.size(); ++i) batch[i].sequence->truncate(n_past[i]);
+      throw;
+    } catch (const std::exception&) {
+      break;
+    }
+    for (size_t i = 0; i < batch.size(); ++i) results[i].push_back(std::move(more[i][0]));
+  }
   return results;
 }
 

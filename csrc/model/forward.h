@@ -1,6 +1,7 @@
 // One step: new tokens of any number of sequences go through the model together, and next tokens are sampled where
 // asked: one, or one more for every drafted token that turned out to be what would have been sampled. A step is atomic:
-// when it throws, no sequence has changed. Scheduling, drafting, stop conditions and text are not its business.
+// when it throws, no sequence has changed. Steps that need nobody's decision in between can be had in one call.
+// Scheduling, drafting, stop conditions and text are not its business.
 #pragma once
 
 #include <cstdint>
@@ -38,5 +39,13 @@ void check_batch(const Model& model, const std::vector<StepItem>& batch);
 // check_batch throws, and FormatError for logits that are not finite.
 std::vector<std::vector<Sampled>> run_step(const Model& model, Sampler& sampler, const std::vector<StepItem>& batch,
                                            const std::function<void()>& poll);
+
+// run_step, then up to `n_more` steps that feed every sequence the token just sampled for it: the tokens of as many
+// calls of run_step. Every item must have a sampler and want no logits. Ends early after one of an item's `end_ids`,
+// when `enough` says so between two steps, and before a further step that fails, which then is the next call's to
+// report. Only Interrupted goes through, and then no sequence has changed.
+std::vector<std::vector<Sampled>> run_steps(const Model& model, Sampler& sampler, std::vector<StepItem> batch,
+                                            int n_more, const std::function<void()>& poll,
+                                            const std::function<bool()>& enough);
 
 }  // namespace pyllama

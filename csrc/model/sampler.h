@@ -23,6 +23,7 @@ struct SamplerParams {
   std::vector<std::pair<int32_t, float>> logit_bias;  // ids ascending
   int logprobs = -1;                                  // -1: none; n: of the sampled token and the n most likely ones
   uint64_t seed = 0;
+  std::vector<int32_t> end_ids;  // ascending; not the sampler's: after one of these run_steps ends
 };
 
 // Throws std::invalid_argument that names the parameter. Ids of the bias are compared with the vocabulary by sample().
