@@ -26,6 +26,8 @@ from benchmarks.rows import ROWS, Row, Work, tokens_for  # noqa: E402
 from benchmarks.side_peer import VARIANTS  # noqa: E402
 from benchmarks.workers import Worker, WorkerError, run_start  # noqa: E402
 
+# What a floor is compared with beside the probe of the machine: the memory, or the clock, that our run had.
+_OWN = {"read": "weights", "int8": "int8 now"}
 _CLOSE = 1.03  # settings that were tried within this factor of the best are measured too
 # Products are timed without the system making fresh memory for each result.
 _KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
@@ -102,11 +104,11 @@ class Comparison:
                         taken = worker.time(setting, work)
                         if at >= 0:
                             seconds.setdefault((what + side, setting), []).append(taken)
+                        if at >= 0 and side == "ours" and row.floor and not what:
+                            own_probes.append(float(ours.ask("probe", what=_OWN[row.floor])["value"]))
                 time.sleep(self._arguments.pause)
             if row.floor:
                 probes.append(float(ours.ask("probe", what=row.floor)["value"]))
-            if row.floor == "read":
-                own_probes.append(float(ours.ask("probe", what="weights")["value"]))
         record = judge.judge(
             row,
             seconds["ours", ours.settings[0]],

@@ -62,7 +62,7 @@ def judge(
     own_probes: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The record of a row from its seconds. `..._base`: seconds of `row.base`, for rows of kind "itself"; `own_probes`:
-    bandwidths of the memory where the weights lie, which a mapped file may have in another place."""
+    one right after our run in each round, of the memory where the weights lie, or at the clock the run has left."""
     record: dict[str, Any] = {"checks": []}
     setting = best_setting(peer) if peer else ""
     if peer:
@@ -71,7 +71,9 @@ def judge(
         found = shares(row, ours, probes, info)
         record |= {"share": spread(found), "floor": spread(probes)}
         if own_probes:
-            record |= {"own_share": spread(shares(row, ours, own_probes, info)), "own_floor": spread(own_probes)}
+            total = needed(row.work, row.floor, info) / 1e9
+            own = [total / s / probe for s, probe in zip(ours, own_probes, strict=True)]
+            record |= {"own_share": spread(own), "own_floor": spread(own_probes)}
     if row.kind == "itself":
         assert row.base is not None and peer_base is not None
         record["ours"] = spread(_relative(row, ours, ours_base))

@@ -125,5 +125,6 @@ def _share(row: Row, record: Mapping[str, Any]) -> str:
     unit = "GB/s" if row.floor == "read" else "GOP/s"
     found = f"{record['share']['median']:.0%} of {record['floor']['median']:.0f} {unit}"
     if "own_share" in record:
-        found += f"; where the weights lie {record['own_share']['median']:.0%} of {record['own_floor']['median']:.0f}"
+        of = "where the weights lie" if row.floor == "read" else "at the clock of the work"
+        found += f"; {of} {record['own_share']['median']:.0%} of {record['own_floor']['median']:.0f}"
     return found

@@ -67,7 +67,7 @@ def test_share_is_taken_against_the_probes_around_a_round() -> None:
 
 
 def test_the_memory_where_the_weights_lie_has_a_share_of_its_own() -> None:
-    record = judge.judge(AGAINST, [2.0, 2.0], {"x": [3.0, 3.0]}, [4.0] * 3, INFO, own_probes=[2.0] * 3)
+    record = judge.judge(AGAINST, [2.0, 2.0], {"x": [3.0, 3.0]}, [4.0] * 3, INFO, own_probes=[2.0] * 2)
     assert record["own_share"]["median"] == 2 * record["share"]["median"]
     assert record["own_floor"]["median"] == 2.0
     assert "where the weights lie" in table({"a": record}, (AGAINST,))
