@@ -159,7 +159,7 @@ Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, con
   step.n_spans = 1;
   step.spans = &span;
   attention.plan(step);
-  attention.run(0, pages.data(), q_data, o_data);
+  attention.run(0, pages.data(), {q_data, nullptr, nullptr}, o_data, nullptr);
   return o;
 }
 

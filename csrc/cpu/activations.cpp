@@ -43,9 +43,9 @@ void sum_groups(const XBlock* x, int blocks, int per_group, float* out) {
   }
 }
 
-void Activations::sum_row_groups(int m, int group, float* sums) {
+void Activations::sum_row_groups(int m, int group) {
   const int64_t groups = (K_ + group - 1) / group;
-  sum_groups(blocks_ + m * ld_, Kp_ / 32, group / 32, sums + m * groups);
+  sum_groups(blocks_ + m * ld_, Kp_ / 32, group / 32, group_sums(group) + m * groups);
 }
 
 void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps) {
@@ -85,10 +85,32 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
   pool_.run_ranges(M, rows_worth_a_task(K), [&](int begin, int end, int thread) {
     for (int m = begin; m < end; m++) {
       prepare_row(m, thread, quantize, nullptr, norm, eps);
-      if (offset[0]) sum_row_groups(m, 32, sum32_);
-      if (offset[1]) sum_row_groups(m, 64, sum64_);
-      if (offset[2]) sum_row_groups(m, 128, sum128_);
+      for (int i = 0; i < 3; i++) {
+        if (offset[i]) sum_row_groups(m, 32 << i);
+      }
     }
+  });
+}
+
+void Activations::expect(int M, int K, const Weight& w) {
+  M_ = M;
+  K_ = K;
+  Kp_ = static_cast<int>(round_up(K, kColumnPad));
+  ld_ = Kp_ / 32 + kRowSkew;
+  rows_ = nullptr;
+  part_group_ = info(w.format).has_offset ? w.group : 0;
+}
+
+void Activations::take_part(int m, int k, const float* x, int n) {
+  XBlock* blocks = blocks_ + m * ld_ + k / 32;
+  kernels_.quantize_row(x, n, blocks);
+  if (part_group_ == 32) sum_groups(blocks, (n + 31) / 32, 1, sum32_ + static_cast<int64_t>(m) * (Kp_ / 32) + k / 32);
+}
+
+void Activations::complete() {
+  if (part_group_ <= 32) return;
+  pool_.run_ranges(M_, rows_worth_a_task(K_), [&](int begin, int end, int) {
+    for (int m = begin; m < end; m++) sum_row_groups(m, part_group_);
   });
 }
 
@@ -98,7 +120,7 @@ MatmulArgs Activations::arguments(const Product& p) const {
   a.M = M_;
   a.xq = {blocks_, ld_, nullptr};
   if (info(p.w->format).has_offset) {
-    a.xq.group_sum = p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_;
+    a.xq.group_sum = group_sums(p.w->group);
   }
   a.x = rows_;
   a.ldx = ld_rows_;
@@ -118,14 +140,13 @@ int Activations::grain(int tiles) const {
 
 // The columns of an act-order import lie in another order: its input is reordered before it is quantized.
 void Activations::multiply_reordered(const Product& p) {
-  float* sums = p.w->group == 32 ? sum32_ : p.w->group == 64 ? sum64_ : sum128_;
   const float* source = source_;
   const int64_t ld_source = ld_source_;
   source_ = rows_;  // normed already
   ld_source_ = ld_rows_;
   pool_.run(M_, [&](int m, int thread) {
     prepare_row(m, thread, true, p.w->input_order, nullptr, 0);
-    sum_row_groups(m, p.w->group, sums);
+    sum_row_groups(m, p.w->group);
   });
   source_ = source;
   ld_source_ = ld_source;

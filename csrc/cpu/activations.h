@@ -42,6 +42,13 @@ class Activations {
   void claim(Arena& arena, int max_tok);
   // Takes the rows x[M][ldx] of K columns; they must stay until the products are done. norm: f32[K] or null.
   void set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products, int n);
+  // The same in parts, as they are made: M rows of K columns for a product with w, whose parts take_part() brings.
+  static bool takes_parts(const Weight& w) { return w.quantized() && !w.input_order; }
+  void expect(int M, int K, const Weight& w);
+  // The columns [k, k + n) of row m, in any order and from any thread. k is a multiple of 32, and n where more follow.
+  void take_part(int m, int k, const float* x, int n);
+  // All parts are there.
+  void complete();
   // y = W·x for each product, tiles spread over the threads.
   void multiply(const Product* products, int n);
   // Arguments of a product over the current rows, for a caller that spreads tiles itself. Not for weights with
@@ -53,7 +60,8 @@ class Activations {
  private:
   void prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps);
   void multiply_reordered(const Product& p);
-  void sum_row_groups(int m, int group, float* sums);
+  void sum_row_groups(int m, int group);
+  float* group_sums(int group) const { return group == 32 ? sum32_ : group == 64 ? sum64_ : sum128_; }
 
   const Kernels& kernels_;
   ThreadPool& pool_;
@@ -63,6 +71,7 @@ class Activations {
   int64_t ld_source_ = 0;
   const float* rows_ = nullptr;  // [M][ld_rows_]: the source, or its normed copy
   int64_t ld_rows_ = 0;
+  int part_group_ = 0;  // of parts: the group whose sums are wanted, or 0
   const int max_columns_;
   float* reordered_ = nullptr;                                     // per thread [max_columns]
   float* normed_ = nullptr;                                        // [max_tok][max_columns]

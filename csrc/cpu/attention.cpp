@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 
 namespace pyllama {
@@ -15,6 +16,8 @@ namespace {
 // Tiles below this many a thread are cut along the keys too, so that threads finish together.
 constexpr int kTilesPerThread = 8;
 constexpr int kMinTileRows = 24;
+// Where a step has fewer tasks for a thread than this, they are cut to as many rows as kernels hold in registers.
+constexpr int kTasksPerThread = 4, kFewRows = 8;
 // Splits run apart only while their results stay below this: 32 MB of floats.
 constexpr int64_t kMaxPartials = int64_t{8} << 20;
 
@@ -64,10 +67,11 @@ Attention::Attention(const Config& config, KvType type, const Kernels& kernels, 
 void Attention::cut(const Step& step, int tile_rows) {
   tiles_.clear();
   for (int s = 0; s < step.n_spans; s++) {
-    const int rows = step.spans[s].n_tok * group_;
+    const int rows = step.spans[s].n_tok * group_, parts = (rows + tile_rows - 1) / tile_rows;
+    const int most = tile_rows > kFewRows ? tile_rows : made_even((rows + parts - 1) / parts);
     for (int h = 0; h < config_.n_kv_heads; h++) {
-      for (int row = 0; row < rows; row += tile_rows) {
-        Tile tile{s, h, row, std::min(tile_rows, rows - row), 0, 0};
+      for (int row = 0; row < rows; row += most) {
+        Tile tile{s, h, row, std::min(most, rows - row), 0, 0};
         tile.splits = (row_limit(tile, tile.rows - 1) + kSplitTok - 1) / kSplitTok;
         tiles_.push_back(tile);
       }
@@ -86,6 +90,8 @@ void Attention::plan(const Step& step) {
   const int64_t all_rows = static_cast<int64_t>(step.n_tok) * config_.n_heads;
   const int64_t share = all_rows / (4 * threads) / 12 * 12;
   cut(step, static_cast<int>(std::clamp<int64_t>(share, kMinTileRows, kMaxQueryRows)));
+  const auto count = [](int sum, const Tile& tile) { return sum + tile.splits; };
+  if (std::accumulate(tiles_.begin(), tiles_.end(), 0, count) < kTasksPerThread * threads) cut(step, kFewRows);
   int64_t splits = 0;
   int most_splits = 1, most_rows = 1;
   for (Tile& tile : tiles_) {
@@ -116,10 +122,14 @@ void Attention::plan(const Step& step) {
 
 int Attention::row_tok(const Tile& tile, int r) const { return (tile.first_row + r) / group_; }
 
+int Attention::row_of_step(const Tile& tile, int r) const { return step_->spans[tile.span].first + row_tok(tile, r); }
+
+int Attention::row_column(const Tile& tile, int r) const {
+  return (tile.kv_head * group_ + (tile.first_row + r) % group_) * config_.head_dim;
+}
+
 int64_t Attention::row_offset(const Tile& tile, int r) const {
-  const int64_t tok = step_->spans[tile.span].first + row_tok(tile, r);
-  const int head = tile.kv_head * group_ + (tile.first_row + r) % group_;
-  return (tok * config_.n_heads + head) * config_.head_dim;
+  return static_cast<int64_t>(row_of_step(tile, r)) * config_.q_dim() + row_column(tile, r);
 }
 
 int Attention::row_limit(const Tile& tile, int r) const { return step_->spans[tile.span].pos + row_tok(tile, r) + 1; }
@@ -139,7 +149,9 @@ void Attention::attend(const Tile& tile, int split, const Partial& result, int t
     limit[r] = row_limit(tile, real ? r : tile.rows - 1);
     float* q = scratch + static_cast<int64_t>(r) * config_.head_dim;
     if (real) {
-      std::copy_n(q_ + row_offset(tile, r), config_.head_dim, q);
+      const int64_t half = config_.head_dim / 2, at = row_of_step(tile, r) * half;
+      std::copy_n(queries_.q + row_offset(tile, r), config_.head_dim, q);
+      if (queries_.cos) kernels_.rope(q, queries_.cos + at, queries_.sin + at, config_.head_dim);
     } else {
       std::fill_n(q, config_.head_dim, 0.0f);
     }
@@ -168,15 +180,18 @@ void Attention::combine(const Tile& tile, const Partial& first, int n_slots, flo
   const int64_t stride = static_cast<int64_t>(slot_rows_) * (layout_.head.wide + 2);
   for (int r = 0; r < tile.rows; r++) {
     const int seen = (row_limit(tile, r) + kSplitTok - 1) / kSplitTok;  // a row leaves out splits it sees nothing of
+    float* out = o + row_offset(tile, r);
     kernels_.combine(first.max + r, first.sum + r, first.out + static_cast<int64_t>(r) * layout_.head.wide, stride,
-                     std::min(n_slots, seen), config_.head_dim, o + row_offset(tile, r));
+                     std::min(n_slots, seen), config_.head_dim, out);
+    if (next_) next_->take_part(row_of_step(tile, r), row_column(tile, r), out, config_.head_dim);
   }
 }
 
-void Attention::run(int layer, const uint8_t* const* pages, const float* q, float* o) {
+void Attention::run(int layer, const uint8_t* const* pages, const Queries& queries, float* o, Activations* next) {
   layer_ = layer;
   pages_ = pages;
-  q_ = q;
+  queries_ = queries;
+  next_ = next;
   if (apart_) {
     for (size_t t = 0; t < tiles_.size(); t++) unfinished_[t].store(tiles_[t].splits, std::memory_order_relaxed);
   }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../backend.h"
+#include "activations.h"
 #include "dispatch.h"
 #include "thread_pool.h"
 
@@ -30,6 +31,12 @@ struct PageLayout {
   int64_t page_bytes;
 };
 
+// The queries of a step.
+struct Queries {
+  const float* q;          // [n_tok][q_dim]
+  const float *cos, *sin;  // [n_tok][head_dim/2], to rotate them by; null where they are rotated already
+};
+
 class Attention {
  public:
   Attention(const Config& config, KvType type, const Kernels& kernels, ThreadPool& pool);
@@ -37,8 +44,9 @@ class Attention {
   const PageLayout& layout() const { return layout_; }
   // Cuts the step; once per step.
   void plan(const Step& step);
-  // pages by id; q, o: [n_tok][q_dim]
-  void run(int layer, const uint8_t* const* pages, const float* q, float* o);
+  // pages by id; o: [n_tok][q_dim]. Heads that are finished go to `next`, unless it is null, while they are in the
+  // cache.
+  void run(int layer, const uint8_t* const* pages, const Queries& queries, float* o, Activations* next);
 
  private:
   struct Tile {
@@ -55,7 +63,9 @@ class Attention {
   };
   void cut(const Step& step, int tile_rows);
   int row_tok(const Tile& tile, int r) const;         // token of row r within the tile's span
-  int64_t row_offset(const Tile& tile, int r) const;  // of row r's head in q and o
+  int row_of_step(const Tile& tile, int r) const;     // token of row r within the step
+  int row_column(const Tile& tile, int r) const;      // where row r's head begins in that token's q and o
+  int64_t row_offset(const Tile& tile, int r) const;  // both together
   int row_limit(const Tile& tile, int r) const;       // keys that row r sees
   Partial partial(int64_t slot);
   void attend(const Tile& tile, int split, const Partial& result, int thread);
@@ -79,7 +89,8 @@ class Attention {
   // Of the running layer.
   int layer_ = 0;
   const uint8_t* const* pages_ = nullptr;
-  const float* q_ = nullptr;
+  Queries queries_{};
+  Activations* next_ = nullptr;
 };
 
 }  // namespace cpu

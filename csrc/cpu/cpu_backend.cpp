@@ -36,6 +36,7 @@ class CpuBackend final : public Backend {
         max_batch_tok_(options.max_batch_tok),
         pool_(options.threads > 0 ? options.threads : default_threads()),
         in_(std::max({config.dim, config.q_dim(), config.hidden_dim}), kernels_, pool_),
+        parts_(std::max(config.q_dim(), config.hidden_dim), kernels_, pool_),
         attention_(c_, kv_type(options.kv_dtype), kernels_, pool_),
         head_(c_, w_, kernels_, pool_) {}
 
@@ -103,17 +104,28 @@ class CpuBackend final : public Backend {
     };
     in_.set(x_, c_.dim, step_->n_tok, c_.dim, w.attn_norm.vector(), c_.norm_eps, products, 3);
     in_.multiply(products, 3);
-    // Sixteen tokens share the cache lines of their keys: one thread writes them.
-    const int run = step_->n_tok >= 2 * kKeyBlock * pool_.threads() ? kKeyBlock : 1;
-    pool_.run((step_->n_tok + run - 1) / run, [&](int task, int) {
-      const int end = std::min(step_->n_tok, (task + 1) * run);
-      for (int t = task * run; t < end; t++) rotate_and_append(layer, t);
-    });
+    // Sixteen tokens share the cache lines of a head's keys: one thread writes them.
+    if (step_->n_tok >= 2 * kKeyBlock * pool_.threads()) {
+      pool_.run((step_->n_tok + kKeyBlock - 1) / kKeyBlock, [&](int task, int) {
+        const int begin = task * kKeyBlock;
+        append(layer, begin, std::min(step_->n_tok, begin + kKeyBlock), 0, c_.n_kv_heads);
+      });
+    } else {
+      pool_.run_ranges(c_.n_kv_heads, rows_worth_a_task(step_->n_tok * c_.head_dim),
+                       [&](int begin, int end, int) { append(layer, 0, step_->n_tok, begin, end); });
+    }
   }
 
-  void attention(int layer) override { attention_.run(layer, pages_.data(), q_, o_); }
+  void attention(int layer) override {
+    const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
+    if (o_in_parts(w)) parts_.expect(step_->n_tok, c_.q_dim(), w.wo);
+    attention_.run(layer, pages_.data(), {q_, cos_, sin_}, o_, o_in_parts(w) ? &parts_ : nullptr);
+  }
 
-  void attention_out(int layer) override { add_to_residual(w_.layers[static_cast<size_t>(layer)].wo, o_, c_.q_dim()); }
+  void attention_out(int layer) override {
+    const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
+    add_to_residual(w.wo, o_, c_.q_dim(), o_in_parts(w));
+  }
 
   void mlp_in(int layer) override {
     const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
@@ -130,21 +142,27 @@ class CpuBackend final : public Backend {
       });
       return;
     }
-    // Both matrices take the same tiles, and SwiGLU what they gave while it is in the cache.
+    // Both matrices take the same tiles, SwiGLU what they gave while it is in the cache, and the next product's
+    // rounding what SwiGLU gave.
+    if (h_in_parts(w)) parts_.expect(step_->n_tok, c_.hidden_dim, w.w_down);
     const MatmulArgs gate = in_.arguments(products[0]), up = in_.arguments(products[1]);
-    const int tiles = w.w_gate.tiles(), most = std::max(kMlpTiles, kMlpValues / (kTileRows * step_->n_tok));
-    pool_.run_ranges(tiles, in_.grain(tiles), [&](int begin, int end, int thread) {
+    const int tiles = w.w_gate.tiles(), grain = static_cast<int>(round_up(in_.grain(tiles), kMlpTiles));
+    const int most = std::max(1, kMlpValues / (kMlpTiles * kTileRows * step_->n_tok)) * kMlpTiles;
+    pool_.run_ranges(tiles, grain, [&](int begin, int end, int thread) {
       float* values = mlp_ + static_cast<int64_t>(thread) * 2 * mlp_values();
       for (; begin < end; begin += most) {
         const int stop = std::min(end, begin + most);
         multiply_some(gate, w.w_gate, begin, stop, values);
         multiply_some(up, w.w_up, begin, stop, values + mlp_values());
-        swiglu_some(values, begin, stop);
+        swiglu_some(values, begin, stop, h_in_parts(w));
       }
     });
   }
 
-  void mlp_out(int layer) override { add_to_residual(w_.layers[static_cast<size_t>(layer)].w_down, h_, c_.hidden_dim); }
+  void mlp_out(int layer) override {
+    const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
+    add_to_residual(w.w_down, h_, c_.hidden_dim, h_in_parts(w));
+  }
 
   void head() override {
     const int n = step_->n_out;
@@ -170,10 +188,22 @@ class CpuBackend final : public Backend {
 
   static const float* bias(const Weight& w) { return w.N ? w.vector() : nullptr; }
 
-  void add_to_residual(const Weight& w, const float* in, int columns) {
+  // Whether what wo and w_down are multiplied with is rounded where it is made, in parts, and never a whole row of
+  // floats.
+  bool o_in_parts(const LayerWeights& w) const { return Activations::takes_parts(w.wo) && c_.head_dim % 32 == 0; }
+  static bool h_in_parts(const LayerWeights& w) {
+    return Activations::takes_parts(w.w_down) && !w.w_gate.input_order && !w.w_up.input_order;
+  }
+
+  // x += w·in, or w times what parts_ took.
+  void add_to_residual(const Weight& w, const float* in, int columns, bool in_parts) {
     const Product product{&w, x_, c_.dim, nullptr, true};
-    in_.set(in, columns, step_->n_tok, columns, nullptr, 0, &product, 1);
-    in_.multiply(&product, 1);
+    if (in_parts) {
+      parts_.complete();
+    } else {
+      in_.set(in, columns, step_->n_tok, columns, nullptr, 0, &product, 1);
+    }
+    (in_parts ? parts_ : in_).multiply(&product, 1);
   }
 
   const Span& span_of(int row) const {
@@ -182,23 +212,21 @@ class CpuBackend final : public Backend {
     return *span;
   }
 
-  void rotate_and_append(int layer, int t) {
+  // Keys and values of some heads of the tokens [begin, end) go to the cache, keys rotated.
+  void append(int layer, int begin, int end, int head_begin, int head_end) {
     const int half = c_.head_dim / 2;
-    const float* cos = cos_ + static_cast<int64_t>(t) * half;
-    const float* sin = sin_ + static_cast<int64_t>(t) * half;
-    for (int h = 0; h < c_.n_heads; h++) {
-      kernels_.rope(q_ + static_cast<int64_t>(t) * c_.q_dim() + h * c_.head_dim, cos, sin, c_.head_dim);
-    }
-    const Span& span = span_of(t);
-    const int pos = step_->pos[t];
     const PageLayout& layout = attention_.layout();
-    uint8_t* page = pages_[static_cast<size_t>(span.pages[pos / kPageTok])];
-    for (int h = 0; h < c_.n_kv_heads; h++) {
-      float* k = k_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
-      const float* v = v_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
-      kernels_.rope(k, cos, sin, c_.head_dim);
-      uint8_t* block = page + layout.head_offset(layer, h);
-      kernels_.append_kv(k, v, layout.head, block, pos % kPageTok);
+    for (int t = begin; t < end; t++) {
+      const float* cos = cos_ + static_cast<int64_t>(t) * half;
+      const float* sin = sin_ + static_cast<int64_t>(t) * half;
+      const int pos = step_->pos[t];
+      uint8_t* page = pages_[static_cast<size_t>(span_of(t).pages[pos / kPageTok])];
+      for (int h = head_begin; h < head_end; h++) {
+        float* k = k_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
+        const float* v = v_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
+        kernels_.rope(k, cos, sin, c_.head_dim);
+        kernels_.append_kv(k, v, layout.head, page + layout.head_offset(layer, h), pos % kPageTok);
+      }
     }
   }
 
@@ -220,6 +248,7 @@ class CpuBackend final : public Backend {
     arena.claim(&cos_, tok * c_.head_dim / 2);
     arena.claim(&sin_, tok * c_.head_dim / 2);
     in_.claim(arena, rows);
+    parts_.claim(arena, rows);
     head_.claim(arena, rows);
     arena.allocate();
     arena_.swap(arena);
@@ -238,12 +267,15 @@ class CpuBackend final : public Backend {
     kernels_.matmul(a, 0, end - begin);
   }
 
-  void swiglu_some(const float* values, int begin, int end) {
+  // h, or what its product takes of it, of the tiles [begin, end) of gate and up.
+  void swiglu_some(float* values, int begin, int end, bool in_parts) {
     const int columns = (end - begin) * kTileRows, first = begin * kTileRows;
     const int n = std::min(columns, c_.hidden_dim - first);
     for (int t = 0; t < step_->n_tok; t++) {
-      const float* gate = values + static_cast<int64_t>(t) * columns;
-      kernels_.swiglu(gate, gate + mlp_values(), n, h_ + static_cast<int64_t>(t) * c_.hidden_dim + first);
+      float* gate = values + static_cast<int64_t>(t) * columns;
+      float* h = in_parts ? gate : h_ + static_cast<int64_t>(t) * c_.hidden_dim + first;
+      kernels_.swiglu(gate, gate + mlp_values(), n, h);
+      if (in_parts) parts_.take_part(t, first, h, n);
     }
   }
 
@@ -252,7 +284,7 @@ class CpuBackend final : public Backend {
   const Kernels& kernels_;
   const int max_batch_tok_;
   ThreadPool pool_;
-  Activations in_;
+  Activations in_, parts_;  // parts_: what the output and down products are made of, as it comes in parts
   Attention attention_;
   Head head_;
   const Step* step_ = nullptr;

@@ -67,6 +67,20 @@ inline void vi_store_i8(int8_t* p, VI a) { _mm_storeu_si128(reinterpret_cast<__m
 
 inline VI vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 inline VI vi_add(VI a, VI b) { return _mm512_add_epi32(a, b); }
+inline VI vi_max(VI a, VI b) { return _mm512_max_epi32(a, b); }
+inline int32_t vi_fold_sum(VI a) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  const __m128i b = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i c = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
+}
+inline int32_t vi_fold_max(VI a) {
+  const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  const __m128i b = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i c = _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
+}
+inline VI vi_magnitude(VF a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
 
 inline VB vb_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline VB vb_low(VB a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }

@@ -64,6 +64,10 @@ inline void vi_store_i8(int8_t* p, VI a) {
 
 inline VI vi_set1(int32_t x) { return vdupq_n_s32(x); }
 inline VI vi_add(VI a, VI b) { return vaddq_s32(a, b); }
+inline VI vi_max(VI a, VI b) { return vmaxq_s32(a, b); }
+inline int32_t vi_fold_sum(VI a) { return vaddvq_s32(a); }
+inline int32_t vi_fold_max(VI a) { return vmaxvq_s32(a); }
+inline VI vi_magnitude(VF a) { return vandq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x7fffffff)); }
 
 inline VB vb_load(const uint8_t* p) { return vld1q_u8(p); }
 inline VB vb_low(VB a) { return vandq_u8(a, vdupq_n_u8(15)); }

@@ -144,6 +144,27 @@ inline VI vi_add(VI a, VI b) {
   return a;
 }
 
+inline VI vi_max(VI a, VI b) {
+  PYLLAMA_LANES(i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline int32_t vi_fold_sum(VI a) {
+  int32_t sum = 0;
+  PYLLAMA_LANES(i) sum += a.v[i];
+  return sum;
+}
+inline int32_t vi_fold_max(VI a) {
+  int32_t most = a.v[0];
+  PYLLAMA_LANES(i) most = a.v[i] > most ? a.v[i] : most;
+  return most;
+}
+// The bits without their sign.
+inline VI vi_magnitude(VF a) {
+  VI r;
+  PYLLAMA_LANES(i) r.v[i] = static_cast<int32_t>(pyllama::float_to_bits(a.v[i]) & 0x7fffffffu);
+  return r;
+}
+
 inline VB vb_load(const uint8_t* p) {
   VB r;
   memcpy(r.v, p, sizeof r.v);
