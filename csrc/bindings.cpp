@@ -112,6 +112,19 @@ SamplerParams make_sampler(double temperature, int top_k, double top_p, double m
   return params;
 }
 
+// An object that Python has just made, or the error that kept it from it. The library's own types and casts are not
+// meant for want of memory: they may leave a null reference, or end the process.
+py::object owned(PyObject* made) {
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+py::object new_list(size_t size) { return owned(PyList_New(static_cast<Py_ssize_t>(size))); }
+
+void set_item(const py::object& list, size_t i, py::object value) {
+  PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), value.release().ptr());
+}
+
 // What a step gives back are records of Python's own kind, as os.stat() gives: the scheduler reads one for every token,
 // and reading a field of theirs does not go through the bindings.
 class RecordType {
@@ -127,8 +140,7 @@ class RecordType {
   }
 
   py::object make(std::initializer_list<py::object> values) const {
-    auto record = py::reinterpret_steal<py::object>(PyStructSequence_New(type_));
-    if (!record) throw py::error_already_set();
+    py::object record = owned(PyStructSequence_New(type_));
     Py_ssize_t i = 0;
     for (const py::object& value : values) PyStructSequence_SetItem(record.ptr(), i++, value.inc_ref().ptr());
     return record;
@@ -153,14 +165,25 @@ const RecordType& result_type() {
 
 const Sampled kNothingSampled;
 
+py::object make_top(const Sampled& s) {
+  py::object top = new_list(s.top_logprobs.size());
+  for (size_t i = 0; i < s.top_logprobs.size(); ++i) {
+    const auto& [token, logprob] = s.top_logprobs[i];
+    set_item(top, i, owned(Py_BuildValue("(if)", token, logprob)));
+  }
+  return top;
+}
+
 py::object make_result(const std::vector<Sampled>& sampled, const py::object& logits) {
-  py::list samples;
-  for (const Sampled& s : sampled) {
-    samples.append(sample_type().make({py::int_(s.token), py::float_(s.logprob), py::cast(s.top_logprobs)}));
+  const auto integer = [](int value) { return owned(PyLong_FromLong(value)); };
+  const auto number = [](float value) { return owned(PyFloat_FromDouble(value)); };
+  py::object samples = new_list(sampled.size());
+  for (size_t i = 0; i < sampled.size(); ++i) {
+    const Sampled& s = sampled[i];
+    set_item(samples, i, sample_type().make({integer(s.token), number(s.logprob), make_top(s)}));
   }
   const Sampled& first = sampled.empty() ? kNothingSampled : sampled[0];
-  return result_type().make(
-      {py::int_(first.token), py::float_(first.logprob), py::cast(first.top_logprobs), samples, logits});
+  return result_type().make({integer(first.token), number(first.logprob), make_top(first), samples, logits});
 }
 
 py::object sample_once(const SamplerParams& params, const py::array_t<float, py::array::c_style>& logits,
@@ -394,19 +417,26 @@ std::vector<std::vector<Sampled>> run_without_gil(PyModel& self, std::vector<Ste
   return sampled;
 }
 
-py::list step(PyModel& self, const py::iterable& batch, int n_more) {
+py::object step(PyModel& self, const py::iterable& batch, int n_more) {
   PyBatch read = read_batch(batch);
   check_batch(*self.model, read.items);  // before memory for logits is taken
   allocate_logits(read, self.model->config().vocab_size);
+  std::vector<std::pair<Sequence*, int>> before;
+  for (const StepItem& item : read.items) before.emplace_back(item.sequence, item.sequence->n_past());
   std::vector<std::vector<Sampled>> sampled;
   try {
     sampled = run_without_gil(self, read.items, n_more);
   } catch (const Interrupted&) {
     throw py::error_already_set();
   }
-  py::list results;
-  for (size_t i = 0; i < sampled.size(); ++i) results.append(make_result(sampled[i], read.logits[i]));
-  return results;
+  try {
+    py::object results = new_list(sampled.size());
+    for (size_t i = 0; i < sampled.size(); ++i) set_item(results, i, make_result(sampled[i], read.logits[i]));
+    return results;
+  } catch (...) {  // no memory: what nobody will hear of has not happened
+    for (const auto& [sequence, n_past] : before) sequence->truncate(n_past);
+    throw;
+  }
 }
 
 void bind_model(py::module_& m) {
@@ -421,11 +451,11 @@ void bind_model(py::module_& m) {
       .def_property_readonly("page_bytes", [](const PyModel& self) { return self.model->backend().page_bytes(); })
       .def_property_readonly("pages_in_use", [](const PyModel& self) { return self.model->pool().pages_in_use(); })
       .def(
-          "pages_held_only_by",
+          "pages_of",
           [](const PyModel& self, const std::vector<const Sequence*>& sequences) {
-            return self.model->pool().pages_held_only_by(sequences);
+            return self.model->pool().pages_of(sequences);
           },
-          py::arg("sequences"), "How many pages closing all of these would give back.")
+          py::arg("sequences"), "How many pages these hold, each counted once.")
       .def("sequence", [](const PyModel& self) { return self.model->new_sequence(); })
       .def("step", &step, py::arg("batch"), py::arg("n_more") = 0,
            "Runs the tokens of every item through the model in one pass, and then up to n_more sampled ones.")

@@ -65,7 +65,7 @@ class Model:
     PAGE_TOK: int                 # tokens of one key/value page
     page_bytes: int               # memory of one page
     pages_in_use: int             # pages that sequences hold; a page that several share counts once
-    def pages_held_only_by(self, sequences: Seq[Sequence]) -> int: ...   # that closing all of these would give back
+    def pages_of(self, sequences: Seq[Sequence]) -> int: ...   # that these hold, each counted once
     def sequence(self) -> Sequence: ...
     def step(
         self, batch: Seq[tuple[Sequence, Any, Sampler | None, str] | tuple[Sequence, Any, Sampler | None, str, int]],

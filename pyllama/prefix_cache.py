@@ -60,7 +60,7 @@ class Found(NamedTuple):
 
 
 class PrefixCache:
-    """Keeps sequences of one model, in at most `n_tok` tokens' worth of pages that nobody else holds."""
+    """Keeps sequences of one model, in at most `n_tok` tokens' worth of pages, also those that others hold too."""
 
     def __init__(self, model: Any, n_tok: int) -> None:
         self._model = model
@@ -98,14 +98,17 @@ class PrefixCache:
         return kept.sequence.fork(found.n)
 
     def park(self, sequence: Any) -> None:
-        """Keeps the sequence of a request that is through."""
+        """Keeps the sequence of a request that is through; closes it when it is too long for this cache."""
+        if self._model.pages_of([sequence]) > self._most_pages:
+            sequence.close()
+            return
         tokens = np.asarray(sequence.tokens, np.int32)
         for kept in self._kept[:]:
             if common_prefix(kept.tokens, tokens) == len(kept.tokens):
                 self._drop(kept)  # a beginning of the new one: never again the longest
-        self._kept.append(Kept(tokens, sequence))
-        while self._model.pages_held_only_by([kept.sequence for kept in self._kept]) > self._most_pages:
+        while self._model.pages_of([sequence, *(kept.sequence for kept in self._kept)]) > self._most_pages:
             self._drop(self._kept[0])
+        self._kept.append(Kept(tokens, sequence))
 
     def clear(self) -> bool:
         """Gives all pages back; False when there were none."""

@@ -341,13 +341,14 @@ class Scheduler:
 
     def _choose(self) -> tuple[list[Request], list[Request]]:
         """Who takes part in the next step: those that decode, and those that read their prompts. New ones are begun."""
-        for request in self._requests:
-            if request.done or request.error is not None:
-                self._purge()
-                break
+        if not all(request.wants_step for request in self._requests):
+            self._purge()
+        # The list is looked at once, and then who ended: an owner who ends a conversation's request and submits the
+        # next (Session.stream) never finds both in one step, whenever that is.
+        wanting = [request for request in self._requests[:] if request.wants_step]
         decoding: list[Request] = []
         reading: list[Request] = []
-        for request in self._requests[: self._max_sequences]:
+        for request in wanting[: self._max_sequences]:
             if not request.started:
                 try:
                     self._begin(request)

@@ -116,22 +116,16 @@ def test_what_cannot_be_forked() -> None:
         source.fork(0)
 
 
-def test_pages_that_some_sequences_alone_hold() -> None:
+def test_pages_that_sequences_hold() -> None:
     a, b = fed(TEXT[:130]), fed(TEXT[:10])
     forks = [a.fork(130), a.fork(70)]
-    assert [MODEL.pages_held_only_by(some) for some in ([], [a], [b], [a, b], [a, *forks], [*forks])] == [
-        0,
-        0,
-        1,
-        1,
-        3,
-        0,
-    ]
+    some = ([], [a], [b], [a, b], [a, *forks], forks[1:], [*forks, b])
+    assert [MODEL.pages_of(sequences) for sequences in some] == [0, 3, 1, 4, 3, 2, 4]
     a.close()
-    assert [MODEL.pages_held_only_by(some) for some in ([a], forks[:1], forks[1:], forks)] == [0, 1, 0, 3]
+    assert [MODEL.pages_of(sequences) for sequences in ([a], forks)] == [0, 3]
     for wrong in (None, ENGINE.model(threads=1).sequence()):
         with pytest.raises(ValueError, match="expected sequences of this model"):
-            MODEL.pages_held_only_by([wrong])
+            MODEL.pages_of([wrong])
 
 
 @settings(max_examples=60)
@@ -373,6 +367,32 @@ def test_the_longest_unused_goes_first_and_used_ones_stay() -> None:
         check_cache(scheduler)
         assert model.pages_in_use <= 12
     assert sum(not sequence.closed for sequence in model.sequences) <= 4
+
+
+def test_what_is_kept_counts_though_others_hold_it_too() -> None:
+    """A text of the cache that a running request goes on from takes its room there: when that request fails, and is
+    not kept, no more is kept than may be."""
+    model = FakeModel(max_batch_tok=64)
+    scheduler = Scheduler(model, cache_tok=24)  # 6 pages
+    finish(scheduler, [request(list(range(16)), 1)])
+    going_on = request([*range(16), 90, 91], 50)
+    scheduler.submit([going_on])
+    scheduler.advance(lambda: len(going_on.results) > 2)
+    assert going_on.n_reused == 16
+    finish(scheduler, [request(list(range(40, 60)), 1)])  # 5 pages: too much beside the 4
+    going_on.error = PyllamaError("gone")
+    scheduler.release([going_on])
+    assert model.pages_in_use == 5
+
+
+def test_a_text_that_is_too_long_to_keep_leaves_the_others() -> None:
+    model = FakeModel(max_batch_tok=64)
+    scheduler = Scheduler(model, cache_tok=24)
+    finish(scheduler, [request(list(range(16)), 1)])
+    finish(scheduler, [request(list(range(50, 80)), 1)])
+    again = request(list(range(20)), 1)
+    finish(scheduler, [again])
+    assert again.n_reused == 16 and model.pages_in_use == 5
 
 
 def test_logits_are_all_computed_and_failures_are_not_kept() -> None:

@@ -5,6 +5,7 @@ Texts and stop strings: test_llm.py, on the real engine.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -82,8 +83,8 @@ class FakeModel:
     def pages_in_use(self) -> int:
         return len(self._pages(self.sequences))
 
-    def pages_held_only_by(self, sequences: list[FakeSequence]) -> int:
-        return len(self._pages(sequences) - self._pages([s for s in self.sequences if s not in sequences]))
+    def pages_of(self, sequences: list[FakeSequence]) -> int:
+        return len(self._pages(sequences))
 
     def _pages(self, sequences: list[FakeSequence]) -> set[tuple[int, ...]]:
         """As if whatever could be shared were: a page is all tokens up to its last."""
@@ -265,13 +266,9 @@ class interrupted_after:  # noqa: N801  # reads as a word
         self.left = n
 
     def __enter__(self) -> None:
-        import sys
-
         sys.settrace(self.trace)
 
     def __exit__(self, *error: object) -> None:
-        import sys
-
         sys.settrace(None)
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
@@ -445,6 +442,74 @@ def test_a_waiting_thread_gets_its_tokens_while_another_drives() -> None:
     assert tokens_of(short) == continuation([2], 20) and tokens_of(long) == continuation([1], 200)
 
 
+class at_a_line:  # noqa: N801  # reads as a word
+    """Calls `action` at the n-th line that is executed in these functions, as if another thread did."""
+
+    def __init__(self, n: int, functions: tuple[str, ...], action: Callable[[], None]) -> None:
+        self.left, self.functions, self.action = n, functions, action
+
+    def __enter__(self) -> at_a_line:
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(None)
+
+    def trace(self, frame: Any, event: str, argument: object) -> Any:
+        if frame.f_code.co_name not in self.functions and frame.f_code.co_name not in ("_take_turn", "_step"):
+            return None
+        if event == "line" and frame.f_code.co_name in self.functions:
+            self.left -= 1
+            if self.left == -1:
+                sys.settrace(None)
+                self.action()
+        return self.trace
+
+
+def test_a_conversation_goes_on_at_any_line_of_a_step() -> None:
+    """Its owner ends the last request and submits the next, with the same sequence, while another thread drives."""
+    for n in range(1000):
+        scheduler = Scheduler(model := FakeModel(max_batch_tok=16))
+        last, other = request([1, 2], 30, keep_sequence=True), request([5], 9)
+        scheduler.submit([last, other])
+        scheduler.advance(lambda last=last: len(last.results) > 2)  # type: ignore[misc]
+        new = request([1, 2, next_token([1, 2]), 90], 4, sequence=last.sequence, keep_sequence=True)
+
+        def go_on(last: Request = last, new: Request = new, scheduler: Scheduler = scheduler) -> None:
+            last.error = PyllamaError("replaced")
+            scheduler.release([last])
+            scheduler.submit([new])
+
+        with at_a_line(n, ("_plan", "_choose", "_purge", "_begin", "wants_step", "next_item"), go_on) as at:
+            scheduler._drive(scheduler._step)
+        if at.left >= 0:
+            break
+        scheduler.advance(lambda made=(new, other): not any(r.wants_step for r in made))  # type: ignore[misc]
+        assert tokens_of(new) == continuation(new.prompt.tolist(), 4) and new.n_reused == 3
+        assert tokens_of(other) == continuation([5], 9)
+        assert model.sequences.count(new.sequence) == 1
+    assert n > 20
+
+
+def test_a_request_may_leave_at_any_line_of_a_step() -> None:
+    for n in range(1000):
+        scheduler = Scheduler(model := FakeModel(max_batch_tok=16))
+        leaving, gone, other = request([1, 2], 30), request([3], 30), request([5], 9)
+        scheduler.submit([leaving, gone, other])
+        scheduler.advance(lambda leaving=leaving: len(leaving.results) > 2)  # type: ignore[misc]
+        gone.done = True  # has something purged in the step
+        functions = ("_plan", "_choose", "_purge", "_begin", "wants_step", "next_item", "settle")
+        with at_a_line(n, functions, lambda s=scheduler, r=leaving: s.release([r])) as at:  # type: ignore[misc]
+            scheduler._drive(scheduler._step)
+        if at.left >= 0:
+            break
+        scheduler.advance(lambda other=other: not other.wants_step)  # type: ignore[misc]
+        scheduler.release([gone, other])
+        assert other.error is leaving.error is None and tokens_of(other) == continuation([5], 9)
+        assert all(sequence.closed for sequence in model.sequences)
+    assert n > 20
+
+
 def test_what_is_to_be_done_alone_is_done_before_the_next_step() -> None:
     """However fast the driver goes on: who drives does it, and an action that Ctrl-C has cut short is done again."""
     model = FakeModel(max_batch_tok=16)
@@ -478,8 +543,6 @@ def test_what_is_to_be_done_alone_is_done_before_the_next_step() -> None:
 @pytest.fixture(autouse=True)
 def _quick_switches() -> Iterator[None]:
     """Threads change places often, so that races have a chance to show."""
-    import sys
-
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield

@@ -13,6 +13,7 @@
 #include "embedding.h"
 #include "head.h"
 #include "os.h"
+#include "pages.h"
 #include "scratch.h"
 #include "thread_pool.h"
 #include "trig.h"
@@ -38,37 +39,16 @@ class CpuBackend final : public Backend {
         in_(std::max({config.dim, config.q_dim(), config.hidden_dim}), kernels_, pool_),
         parts_(std::max(config.q_dim(), config.hidden_dim), kernels_, pool_),
         attention_(c_, kv_type(options.kv_dtype), kernels_, pool_),
+        pages_(static_cast<size_t>(attention_.layout().page_bytes)),
         head_(c_, w_, kernels_, pool_) {}
-
-  ~CpuBackend() override {
-    for (uint8_t* slab : slabs_) free_zeroed(slab, slab_bytes());
-  }
 
   const char* name() const override { return kernels_.isa; }
   int max_batch_tok() const override { return max_batch_tok_; }
 
-  size_t page_bytes() const override { return static_cast<size_t>(attention_.layout().page_bytes); }
-
-  int new_page() override {
-    if (!free_pages_.empty()) {
-      const int page = free_pages_.back();
-      free_pages_.pop_back();
-      return page;
-    }
-    const size_t n = pages_.size(), at = n % slab_pages();
-    pages_.reserve(n + 1);
-    free_pages_.reserve(n + 1);  // so that free_page cannot throw
-    if (at == 0) {
-      slabs_.reserve(slabs_.size() + 1);
-      slabs_.push_back(static_cast<uint8_t*>(alloc_zeroed(slab_bytes())));
-    }
-    pages_.push_back(slabs_.back() + at * page_bytes());
-    return static_cast<int>(n);
-  }
-  void free_page(int page) override { free_pages_.push_back(page); }
-  void copy_page(int from, int to) override {
-    std::memcpy(pages_[static_cast<size_t>(to)], pages_[static_cast<size_t>(from)], page_bytes());
-  }
+  size_t page_bytes() const override { return pages_.page_bytes(); }
+  int new_page() override { return pages_.take(); }
+  void free_page(int page) override { pages_.give_back(page); }
+  void copy_page(int from, int to) override { std::memcpy(page(to), page(from), page_bytes()); }
 
   void begin(const Step& step) override {
     reserve(step.n_tok);
@@ -119,7 +99,7 @@ class CpuBackend final : public Backend {
   void attention(int layer) override {
     const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
     if (o_in_parts(w)) parts_.expect(step_->n_tok, c_.q_dim(), w.wo);
-    attention_.run(layer, pages_.data(), {q_, cos_, sin_}, o_, o_in_parts(w) ? &parts_ : nullptr);
+    attention_.run(layer, pages_.by_id().data(), {q_, cos_, sin_}, o_, o_in_parts(w) ? &parts_ : nullptr);
   }
 
   void attention_out(int layer) override {
@@ -181,10 +161,7 @@ class CpuBackend final : public Backend {
   }
 
  private:
-  // Pages are cut from slabs, which are large enough for huge pages of memory: reading a head's 16 KB here and there
-  // would miss the address cache at every turn. What no page was written to takes no memory.
-  size_t slab_pages() const { return std::clamp<size_t>((size_t{64} << 20) / page_bytes(), 1, 16); }
-  size_t slab_bytes() const { return slab_pages() * page_bytes(); }
+  uint8_t* page(int id) const { return pages_.by_id()[static_cast<size_t>(id)]; }
 
   static const float* bias(const Weight& w) { return w.N ? w.vector() : nullptr; }
 
@@ -220,12 +197,12 @@ class CpuBackend final : public Backend {
       const float* cos = cos_ + static_cast<int64_t>(t) * half;
       const float* sin = sin_ + static_cast<int64_t>(t) * half;
       const int pos = step_->pos[t];
-      uint8_t* page = pages_[static_cast<size_t>(span_of(t).pages[pos / kPageTok])];
+      uint8_t* to = page(span_of(t).pages[pos / kPageTok]);
       for (int h = head_begin; h < head_end; h++) {
         float* k = k_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
         const float* v = v_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
         kernels_.rope(k, cos, sin, c_.head_dim);
-        kernels_.append_kv(k, v, layout.head, page + layout.head_offset(layer, h), pos % kPageTok);
+        kernels_.append_kv(k, v, layout.head, to + layout.head_offset(layer, h), pos % kPageTok);
       }
     }
   }
@@ -286,6 +263,7 @@ class CpuBackend final : public Backend {
   ThreadPool pool_;
   Activations in_, parts_;  // parts_: what the output and down products are made of, as it comes in parts
   Attention attention_;
+  Pages pages_;
   Head head_;
   const Step* step_ = nullptr;
   unsigned float_environment_ = 0;
@@ -296,8 +274,6 @@ class CpuBackend final : public Backend {
   float* mlp_ = nullptr;                   // per thread: values of gate, values of up
   float *cos_ = nullptr, *sin_ = nullptr;  // [reserved_tok][head_dim/2]
   std::vector<float> logits_;              // [n_out][vocab_size]
-  std::vector<uint8_t*> slabs_, pages_;
-  std::vector<int> free_pages_;
 };
 
 }  // namespace

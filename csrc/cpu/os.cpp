@@ -102,6 +102,15 @@ void free_zeroed(void* data, size_t size_bytes) {
 #endif
 }
 
+void forget_content(void* data, size_t size_bytes) {
+#ifdef __linux__
+  madvise(data, size_bytes, MADV_DONTNEED);
+#else
+  (void)data;
+  (void)size_bytes;
+#endif
+}
+
 void cpu_relax() {
 #if defined(__x86_64__)
   _mm_pause();

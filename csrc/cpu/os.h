@@ -8,6 +8,8 @@ namespace pyllama {
 int physical_cores_allowed();           // distinct cores in this process's affinity mask, cut to the cgroup's quota
 void* alloc_zeroed(size_t size_bytes);  // 64-byte aligned; throws std::bad_alloc
 void free_zeroed(void* data, size_t size_bytes);
+// Gives back what memory stands behind it, where the system can do that; its content is then zeros or as it was.
+void forget_content(void* data, size_t size_bytes);
 void cpu_relax();                  // a pause inside a spin loop
 unsigned set_float_environment();  // round to nearest, subnormals kept; returns what was set before
 void restore_float_environment(unsigned previous);

@@ -2,7 +2,7 @@
 #include "model/sequence.h"
 
 #include <algorithm>
-#include <map>
+#include <set>
 #include <stdexcept>
 
 #include "error.h"
@@ -65,16 +65,13 @@ int PagePool::pages_in_use() {
   return in_use_;
 }
 
-int PagePool::pages_held_only_by(const std::vector<const Sequence*>& sequences) {
-  std::map<int, int> n_holders;  // among these
+int PagePool::pages_of(const std::vector<const Sequence*>& sequences) const {
+  std::set<int> pages;
   for (const Sequence* sequence : sequences) {
     check<std::invalid_argument>(sequence && sequence->belongs_to(*this), "expected sequences of this model");
-    for (const int page : sequence->page_list()) ++n_holders[page];
+    for (const int page : sequence->page_list()) pages.insert(page);
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return static_cast<int>(std::count_if(n_holders.begin(), n_holders.end(), [&](const auto& entry) {
-    return n_holders_[static_cast<size_t>(entry.first)] == entry.second;
-  }));
+  return static_cast<int>(pages.size());
 }
 
 int PagePool::new_page() {

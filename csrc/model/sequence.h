@@ -31,7 +31,7 @@ class PagePool {
   void step_begins();
   void step_ended();
   int pages_in_use();  // pages that sequences hold, each counted once, or have dropped during a step that still runs
-  int pages_held_only_by(const std::vector<const Sequence*>& sequences);  // what closing all of these would give back
+  int pages_of(const std::vector<const Sequence*>& sequences) const;  // that these hold, each counted once
 
  private:
   int new_page();
