@@ -224,12 +224,19 @@ class LLM:
 
     def close(self) -> None:
         """Frees the model. Requests of other threads end with an error. Closing twice does nothing."""
-        if not self._closed:
-            self._closed = True
-            for session in list(self._sessions):
-                session.close()
-            self._scheduler.close()
-            self._model = None
+        try:
+            self._shut()
+        except KeyboardInterrupt:  # wherever it struck: not half closed
+            self._shut()
+            raise
+
+    def _shut(self) -> None:
+        """Every part of it may be done again."""
+        self._closed = True
+        for session in list(self._sessions):
+            session.close()
+        self._scheduler.close()
+        self._model = None
 
     def __enter__(self) -> LLM:
         return self
@@ -306,7 +313,11 @@ class LLM:
             self._scheduler.submit(requests)
             self._scheduler.advance(has_news)
         finally:
-            self._scheduler.release(requests)
+            try:
+                self._scheduler.release(requests)
+            except KeyboardInterrupt:  # also before its first line: what stayed would run on in the steps of others
+                self._scheduler.release(requests)
+                raise
 
     def _run(self, replies: list[Reply]) -> list[RequestOutput]:
         def all_through() -> bool:
@@ -329,7 +340,11 @@ class LLM:
                 self._scheduler.advance(lambda: reply.has_news)
                 yield from reply.take()
         finally:
-            self._scheduler.release(requests)
+            try:
+                self._scheduler.release(requests)
+            except KeyboardInterrupt:  # as in _finish
+                self._scheduler.release(requests)
+                raise
 
 
 class Session:
