@@ -3,7 +3,8 @@
 It reads along: every request has a sequence of its own in the draft model, which follows the tokens that were accepted
 and is cut back where a guess was wrong. It samples with the request's own sampler, so that both models meet the same
 random number at the same position and often choose the same token at any temperature. What goes wrong here ends the
-guessing for a request, never the request.
+guessing for a request, never the request. What it has read stays for the next request that begins alike, in a prefix
+cache of its own; all that it holds is bounded, and for what finds no room nothing is guessed.
 
 How much is guessed is speculative.py's policy; who feeds the guesses to the model is scheduler.py.
 """
@@ -18,6 +19,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from .native import load_native
+from .prefix_cache import PrefixCache
 from .speculative import FROM_MEMORY, MAX_DRAFT_TOK, Budget, Rate, RowCosts, row_costs
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ _PRIOR_CHANCE, _PRIOR_WEIGHT = 0.6, 2.0
 _SECOND_CHANCE = 0.5  # after a rest, and one try decides
 _MEMORY_TOK = 24.0
 _FIRST_REST, _LONGEST_REST = 16, 256  # steps without a guess after guesses were not worth their price
+_MOST_CONTEXTS = 4  # of keys and values, for running requests and finished ones together
 
 
 @dataclass
@@ -52,15 +55,15 @@ class _Job:
     draft: list[int] = field(default_factory=list)
 
 
-def open_drafter(draft: OpenedModel, target: OpenedModel, n_ctx: int, threads: int) -> DraftModel:
-    """The draft model, ready to guess for `target` in contexts of `n_ctx` tokens.
+def open_drafter(draft: OpenedModel, target: OpenedModel, n_ctx: int, threads: int, cache_tok: int) -> DraftModel:
+    """The draft model, ready to guess for `target` in contexts of `n_ctx` tokens. `cache_tok`: of the prefix cache.
 
     Raises ValueError when the two do not have the same vocabulary.
     """
     _check_vocabulary(draft, target)
     n_ctx = min(n_ctx, int(draft.config["max_seq_len"]))
     model = load_native().Model(draft.native_config(n_ctx), draft.weights, threads=threads)
-    return DraftModel(model, n_ctx, draft.step_bytes / target.step_bytes, row_costs(target.step_bytes))
+    return DraftModel(model, n_ctx, draft.step_bytes / target.step_bytes, row_costs(target.step_bytes), cache_tok)
 
 
 def _check_vocabulary(draft: OpenedModel, target: OpenedModel) -> None:
@@ -80,11 +83,16 @@ def _check_vocabulary(draft: OpenedModel, target: OpenedModel) -> None:
 
 
 class DraftModel:
-    """A Drafter. `price`: what a token of the draft model costs, in steps of the model that is drafted for."""
+    """A Drafter. `price`: what a token of the draft model costs, in steps of the model that is drafted for.
 
-    def __init__(self, model: Any, n_ctx: int, price: float, costs: RowCosts = FROM_MEMORY) -> None:
+    `cache_tok`: tokens of finished requests that stay in memory for others that begin alike, at most `n_ctx`.
+    """
+
+    def __init__(self, model: Any, n_ctx: int, price: float, costs: RowCosts = FROM_MEMORY, cache_tok: int = 0) -> None:
         self._model = model
         self._n_ctx = n_ctx
+        self._cache = PrefixCache(model, min(cache_tok, n_ctx))
+        self._most_pages = _MOST_CONTEXTS * -(-n_ctx // model.PAGE_TOK)
         self._price = price
         self._costs = costs
         self._warned = False
@@ -107,18 +115,20 @@ class DraftModel:
         return [drafts.get(request, []) for request in requests]
 
     def forget(self, request: Request) -> None:
-        """The request leaves: its pages go back."""
+        """The request leaves: what was read of it goes to the cache."""
         follower, request.drafting = request.drafting, None
         if follower is not None:
-            follower.sequence.close()
+            self._cache.park(follower.sequence)
 
     # -------------------------------------------------------------------------------- one request
 
     def _follower(self, request: Request) -> _Follower:
         """The request's, cut back to what it has in common with the text; learns how the last guesses went."""
         if request.drafting is None:
-            request.drafting = _Follower(self._model.sequence())
-            request.drafting.sequence.prompt_len = len(request.prompt)
+            found = self._cache.find(request.prompt, ())
+            sequence = self._cache.take(found) or self._model.sequence()
+            sequence.prompt_len = len(request.prompt)
+            request.drafting = _Follower(sequence, found.n)
         follower: _Follower = request.drafting
         guesses, follower.guesses = follower.guesses, []
         n = follower.n_known
@@ -169,10 +179,13 @@ class DraftModel:
         """
         room: int = self._model.max_batch_tok
         chosen, items = [], []
+        n_pages = 0  # that these may need, also a copy of a half full one
         for job in jobs:
             n, n_text = job.follower.n_known, job.request.n_tok
             end = min(n_text, n + room)
-            if n < end:
+            more = -(-(end + MAX_DRAFT_TOK) // self._model.PAGE_TOK) - n // self._model.PAGE_TOK
+            if n < end and self._has_room(n_pages + more):
+                n_pages += more
                 room -= end - n
                 chosen.append((job, end))
                 tokens = job.request.tokens(n, end)
@@ -185,6 +198,11 @@ class DraftModel:
                 if result.samples and self._add(job, result.token):
                     going.append(job)
         return going
+
+    def _has_room(self, n_pages: int) -> bool:
+        """Whether so many more pages are within the bound; finished requests make room for running ones."""
+        most = self._most_pages - n_pages
+        return self._model.pages_in_use <= most or (self._cache.clear() and self._model.pages_in_use <= most)
 
     def _guess(self, jobs: list[_Job]) -> list[_Job]:
         """One more guess for each; those that want yet another."""

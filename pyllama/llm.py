@@ -125,7 +125,7 @@ class LLM:
         cache_tok = default_cache_tok(self._model, self.n_ctx) if cache_tok is None else cache_tok
         drafter: Drafter | None = LookupDrafter(row_costs(opened.step_bytes)) if speculative == "lookup" else None
         if draft is not None:
-            drafter = open_drafter(draft, opened, self.n_ctx, self.threads)
+            drafter = open_drafter(draft, opened, self.n_ctx, self.threads, cache_tok)
         self._scheduler = Scheduler(self._model, cache_tok=cache_tok, drafter=drafter)
         self._sessions: WeakSet[Session] = WeakSet()
         self._end_ids = frozenset(opened.end_ids)

@@ -98,8 +98,8 @@ class PrefixCache:
         return kept.sequence.fork(found.n)
 
     def park(self, sequence: Any) -> None:
-        """Keeps the sequence of a request that is through; closes it when it is too long for this cache."""
-        if self._model.pages_of([sequence]) > self._most_pages:
+        """Keeps the sequence of a request that is through; closes it when it is empty or too long for this cache."""
+        if not 0 < self._model.pages_of([sequence]) <= self._most_pages:
             sequence.close()
             return
         tokens = np.asarray(sequence.tokens, np.int32)

@@ -325,7 +325,7 @@ class Scheduler:
     def _retire(self, request: Request) -> None:
         """Frees the pages of a request that is through, or parks them for the next one that begins alike."""
         sequence, request.sequence = request.sequence, None
-        if self._cache is None or request.error is not None or request.sampler is None or not sequence.n_past:
+        if self._cache is None or request.error is not None or request.sampler is None:
             sequence.close()
         else:
             self._cache.park(sequence)

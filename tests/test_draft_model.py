@@ -49,7 +49,8 @@ def test_outputs_are_those_of_plain_decoding(name: str, seed: int) -> None:
             assert out.timings.draft_n > 0
             if seed == 5:  # the same numbers and the same random numbers: all of it comes true
                 assert out.timings.draft_n_accepted == out.timings.draft_n > 45
-        assert drafter_of(llm)._model.pages_in_use == 0
+        model = drafter_of(llm)._model
+    assert model.pages_in_use == 0
 
 
 def test_ends_and_limits() -> None:
@@ -84,7 +85,9 @@ def test_many_at_once_and_conversations() -> None:
                 told_now = told(session.reply.output())
                 assert told_now == told(plain.generate(text, temperature=0, max_tokens=20))
             session.close()
-        assert drafter_of(llm)._model.pages_in_use == 0
+        model = drafter_of(llm)._model
+        assert 0 < model.pages_in_use <= 256 // model.PAGE_TOK
+    assert model.pages_in_use == 0
 
 
 def test_guessing_ends_where_the_draft_models_context_does() -> None:
@@ -108,6 +111,39 @@ def test_a_long_prompt_is_read_in_parts() -> None:
     assert [n for [(n, _)] in guide.batches[:9]] == [5] * 9 and made.n_accepted == made.n_drafted > 10
 
 
+def test_the_next_turn_is_read_from_where_it_is_new() -> None:
+    guide, model = FakeModel(64), FakeModel(64)
+    scheduler = Scheduler(model, drafter=DraftModel(guide, 1000, CHEAP, cache_tok=400))
+    text = list(range(40))
+    for turn in range(4):
+        before = sum(n for batch in guide.batches for n, _ in batch)
+        made = request(text, 12)
+        finish(scheduler, [made])
+        assert tokens_of(made) == continuation(text, 12) and made.n_accepted > 6
+        read = sum(n for batch in guide.batches for n, _ in batch) - before
+        assert read <= (20 if turn else len(text) + 20)
+        text = [*text, *tokens_of(made), 50, 51, 52]
+    assert sum(not sequence.closed for sequence in guide.sequences) == 1
+    scheduler.close()
+
+
+@pytest.mark.parametrize("cache_tok", [0, 1000])
+def test_its_memory_is_bounded(cache_tok: int) -> None:
+    """Four contexts of 40 tokens, in pages of 4: what is finished goes for what runs, and what finds no room is not
+    guessed."""
+    guide, model = FakeModel(256), FakeModel(256)
+    seen: list[int] = []
+    guide.after = lambda n: seen.append(guide.pages_in_use)
+    scheduler = Scheduler(model, drafter=DraftModel(guide, 40, 0.001, cache_tok=cache_tok))
+    for round_ in range(3):
+        made = [request([round_, i, *range(23)], 12) for i in range(8)]
+        finish(scheduler, made)
+        assert all(tokens_of(r) == continuation(r.prompt.tolist(), 12) for r in made)
+        assert 0 < sum(r.n_accepted > 0 for r in made) < 8
+        assert guide.pages_in_use <= (10 if cache_tok else 0)
+    assert 20 < max(seen) <= 40
+
+
 def broken_model() -> Any:
     """Its embedding of byte "z" is not a number."""
     opened = tiny_model(kind=Kind("f32"))
@@ -127,7 +163,8 @@ def test_a_draft_model_that_breaks_ends_the_guessing_with_one_warning() -> None:
         assert len(seen) == 1
         assert [told(out) for out in outs] == [told(out) for out in plain.generate(prompts, **options)]
         assert [out.timings.draft_n > 0 for out in outs] == [True, False]
-        assert drafter_of(llm)._model.pages_in_use == 0
+        model = drafter_of(llm)._model
+    assert model.pages_in_use == 0
 
 
 def test_a_warning_that_is_an_error_ends_no_request(capsys: pytest.CaptureFixture[str]) -> None:

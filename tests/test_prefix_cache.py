@@ -21,10 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import pyllama.prefix_cache
-import pyllama.scheduler
-import pyllama.speculative
-from pyllama import LLM, PyllamaError, SamplingParams
+from pyllama import LLM, PyllamaError, SamplingParams, draft_model, prefix_cache, scheduler, speculative
+from pyllama.draft_model import DraftModel
 from pyllama.prefix_cache import common_prefix, default_cache_tok
 from pyllama.scheduler import Scheduler
 from pyllama.speculative import LookupDrafter
@@ -442,7 +440,7 @@ def test_the_cache_is_given_up_before_a_request_fails_for_want_of_memory() -> No
 class at_line:  # noqa: N801  # reads as a word
     """KeyboardInterrupt at the n-th line executed of the driver's work (not of the taking of turns); -1: never."""
 
-    FILES = (pyllama.scheduler.__file__, pyllama.prefix_cache.__file__, pyllama.speculative.__file__)
+    FILES = tuple(module.__file__ for module in (scheduler, prefix_cache, speculative, draft_model))
     TURNS = ("_take_turn", "_drive", "_tidy", "_wait", "_wake", "advance", "submit", "release", "run_alone", "close")
 
     def __init__(self, n: int) -> None:
@@ -500,7 +498,12 @@ def interrupted(n: int, drafter: Any) -> list[tuple[str, int]]:
     return at.lines
 
 
-@pytest.mark.parametrize("drafter", [None, LookupDrafter], ids=["plain", "guessing"])
+def small_draft_model() -> DraftModel:
+    """Which reads a prompt in parts, keeps what it has read, and finds no room for all."""
+    return DraftModel(FakeModel(max_batch_tok=9), 24, 0.01, cache_tok=16)
+
+
+@pytest.mark.parametrize("drafter", [None, LookupDrafter, small_draft_model], ids=["plain", "guessing", "draft model"])
 def test_an_interrupt_at_any_line_leaves_a_sound_cache(drafter: Any) -> None:
     """Every line of the driver's work, the first two times that it is executed."""
     lines = interrupted(-1, drafter)

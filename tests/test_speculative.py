@@ -228,6 +228,20 @@ class InterruptedAfter:
 
     STEP = ("_step", "_step_apart", "_plan", "_drafts", "_resync", "_purge", "settle", "check_done")
     DRAFT = ("draft", "_of", "push", "_find", "take", "learn", "forget", "__init__")
+    MODEL = (
+        "_follower",
+        "_wanted",
+        "_catch_up",
+        "_has_room",
+        "_guess",
+        "_add",
+        "find",
+        "park",
+        "clear",
+        "_drop",
+        "_remove",
+    )
+    FILES = ("scheduler.py", "speculative.py", "draft_model.py", "prefix_cache.py")
 
     def __init__(self, n: int) -> None:
         self.left = n
@@ -241,9 +255,9 @@ class InterruptedAfter:
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
         file = frame.f_code.co_filename
-        if not file.endswith(("scheduler.py", "speculative.py")) or "test_" in file:
+        if not file.endswith(self.FILES) or "test_" in file:
             return None
-        if event == "line" and frame.f_code.co_name in self.STEP + self.DRAFT:
+        if event == "line" and frame.f_code.co_name in self.STEP + self.DRAFT + self.MODEL:
             self.left -= 1
             if self.left == -1:
                 raise KeyboardInterrupt
