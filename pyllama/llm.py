@@ -44,7 +44,7 @@ class LLM:
 
     `speculative="lookup"` guesses tokens from earlier places of the same text, `draft` (another path) names a smaller
     model with the same vocabulary that guesses; either way several guesses are verified per step: the same replies to
-    the last bit, in fewer steps where guesses come true.
+    the last bit, in fewer steps where guesses come true. The draft model's keys and values take at most four contexts.
 
     `enable_prefix_caching`: a prompt that begins like an earlier one, or like one beside it, is computed only from
     where they part; results are the same. For that, keys and values of up to `prefix_cache_tokens` tokens stay in
