@@ -140,7 +140,17 @@ Attention::Partial Attention::partial(int64_t slot) {
   return {max, max + rows, max + 2 * rows};
 }
 
-void Attention::attend(const Tile& tile, int split, const Partial& result, int thread) {
+const uint8_t* Attention::first_keys(int task) const {
+  if (static_cast<size_t>(task) >= tasks_.size()) return nullptr;
+  const Task& job = tasks_[static_cast<size_t>(task)];
+  const Tile& tile = tiles_[static_cast<size_t>(job.tile)];
+  const int page = std::max(job.split, 0) * (kSplitTok / kPageTok);
+  return pages_[step_->spans[tile.span].pages[page]] + layout_.head_offset(layer_, tile.kv_head);
+}
+
+void Attention::attend(const Task& task, const uint8_t* next, const Partial& result, int thread) {
+  const Tile& tile = tiles_[static_cast<size_t>(task.tile)];
+  const int split = task.split;
   float* scratch = scratch_.data() + scratch_size_ * static_cast<size_t>(thread);
   const int rows = made_even(tile.rows);
   int limit[kMaxQueryRows];
@@ -166,6 +176,7 @@ void Attention::attend(const Tile& tile, int split, const Partial& result, int t
   a.pages = pages_;
   a.page_ids = step_->spans[tile.span].pages;
   a.head_offset = layout_.head_offset(layer_, tile.kv_head);
+  a.next = next;
   a.layout = layout_.head;
   a.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
   a.max = result.max;
@@ -199,7 +210,8 @@ void Attention::run(int layer, const uint8_t* const* pages, const Queries& queri
     const Task& job = tasks_[static_cast<size_t>(task)];
     const Tile& tile = tiles_[static_cast<size_t>(job.tile)];
     const bool whole = job.split < 0;
-    attend(tile, job.split, partial(whole ? thread : tile.slot + job.split), thread);
+    // Threads that are equally fast take tasks in turns.
+    attend(job, first_keys(task + pool_.threads()), partial(whole ? thread : tile.slot + job.split), thread);
     // Whoever finishes a tile's last split combines them: no second region.
     if (whole) {
       combine(tile, partial(thread), 1, o);

@@ -68,7 +68,8 @@ class Attention {
   int64_t row_offset(const Tile& tile, int r) const;  // both together
   int row_limit(const Tile& tile, int r) const;       // keys that row r sees
   Partial partial(int64_t slot);
-  void attend(const Tile& tile, int split, const Partial& result, int thread);
+  const uint8_t* first_keys(int task) const;  // null behind the last task
+  void attend(const Task& task, const uint8_t* next, const Partial& result, int thread);
   void combine(const Tile& tile, const Partial& first, int n_slots, float* o);
 
   const Config& config_;

@@ -61,8 +61,8 @@ enum class KvType : uint8_t { f16, q8 };
 
 // Where a key/value head's 64 tokens of one layer and page lie: keys, then values, byte offsets from the keys.
 //   f16  keys [kPageTok/16][head_dim][16] halves; values [kPageTok][wide] halves
-//   q8   keys [kPageTok/16][quads][16][4] int8, scales [groups][kPageTok] halves; values [kPageTok][wide] int8, scales
-//        [groups][kPageTok] halves: one scale for 32 dimensions of one token
+//   q8   keys [kPageTok/16][quads][16][4] int8, scales [groups][kPageTok] halves; values [kPageTok/4][wide][4] int8,
+//        scales [groups][kPageTok] halves: one scale for 32 dimensions of one token
 struct KvLayout {
   KvType type;
   int head_dim;
@@ -83,6 +83,7 @@ struct AttendArgs {
   const uint8_t* const* pages;  // by page id
   const int* page_ids;          // [page of the sequence]
   int64_t head_offset;          // of this head within a page
+  const uint8_t* next;          // keys that this thread will probably read after these, or null
   KvLayout layout;
   float scale;
   float* max;      // [rows, made even] maximum of the scores

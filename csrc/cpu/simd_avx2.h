@@ -52,9 +52,6 @@ inline VF vf_load_bf16(const uint8_t* p) {
 inline VF vf_load_u8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-inline VF vf_load_i8(const uint8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
 inline void vf_store_f16(uint16_t* p, VF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -77,6 +74,18 @@ inline int32_t vi_fold_max(VI a) {
   return _mm_cvtsi128_si32(_mm_max_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
 }
 inline VI vi_magnitude(VF a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
+inline VI vi_times128(VI a) { return _mm256_slli_epi32(a, 7); }
+inline void vi_store_digits(int8_t* high, int8_t* low, const VI (&n)[8]) {
+  const VI mask = _mm256_set1_epi16(127);
+  const VI order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs work in halves
+  for (int i = 0; i < 2; i++) {
+    const VI a = _mm256_packus_epi32(n[4 * i], n[4 * i + 1]), b = _mm256_packus_epi32(n[4 * i + 2], n[4 * i + 3]);
+    const VI h = _mm256_packus_epi16(_mm256_srli_epi16(a, 7), _mm256_srli_epi16(b, 7));
+    const VI l = _mm256_packus_epi16(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+    _mm256_storeu_si256(reinterpret_cast<VI*>(high) + i, _mm256_permutevar8x32_epi32(h, order));
+    _mm256_storeu_si256(reinterpret_cast<VI*>(low) + i, _mm256_permutevar8x32_epi32(l, order));
+  }
+}
 
 inline VB vb_load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline VB vb_low(VB a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
@@ -104,6 +113,7 @@ inline Table table_load(const int8_t* codebook) {
 inline WS ws_lookup(const Table& t, VB codes) { return _mm256_shuffle_epi8(t, codes); }
 inline WS ws_bytes(VB bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a + k)); }
+inline VI dot_bytes(VI acc, VB bytes, const int8_t* p, int k) { return PYLLAMA_DPBUSD(acc, broadcast4(p + k), bytes); }
 using DotU = VI;
 inline DotU dot_u_begin(VI start) { return start; }
 inline DotU dot_u(DotU acc, const WU& w, const int8_t* a, int k) { return dot_s(acc, w, a, k); }
@@ -140,6 +150,9 @@ inline VI dot_u_end(DotU acc, VI start) { return add_pairs(start, acc); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) {
   return in_order(add_pairs(acc, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(broadcast4(a + k), w.value))));
 }
+inline VI dot_bytes(VI acc, VB bytes, const int8_t* p, int k) {
+  return in_order(add_pairs(acc, _mm256_maddubs_epi16(broadcast4(p + k), bytes)));
+}
 constexpr int kPanelBlock = 3;
 
 #endif
@@ -149,5 +162,7 @@ constexpr int kRegisterSums = 4;
 constexpr int kPanelRegs = 2;
 constexpr int kBlockRegs = 2;
 constexpr int kFewAccs = 12;
+constexpr int kByteAccs = 12;
+constexpr int kMaxFewRows = 16;
 
 }  // namespace

@@ -57,9 +57,6 @@ inline VF vf_load_bf16(const uint8_t* p) {
 inline VF vf_load_u8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline VF vf_load_i8(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
 inline void vf_store_f16(uint16_t* p, VF a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -81,6 +78,16 @@ inline int32_t vi_fold_max(VI a) {
   return _mm_cvtsi128_si32(_mm_max_epi32(c, _mm_shuffle_epi32(c, 0xb1)));
 }
 inline VI vi_magnitude(VF a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+inline VI vi_times128(VI a) { return _mm512_slli_epi32(a, 7); }
+inline void vi_store_digits(int8_t* high, int8_t* low, const VI (&n)[4]) {
+  const VI words[2] = {_mm512_packus_epi32(n[0], n[1]), _mm512_packus_epi32(n[2], n[3])};
+  const VI mask = _mm512_set1_epi16(127);
+  const VI order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packs work in quarters
+  const VI h = _mm512_packus_epi16(_mm512_srli_epi16(words[0], 7), _mm512_srli_epi16(words[1], 7));
+  const VI l = _mm512_packus_epi16(_mm512_and_si512(words[0], mask), _mm512_and_si512(words[1], mask));
+  _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, h));
+  _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, l));
+}
 
 inline VB vb_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline VB vb_low(VB a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
@@ -105,6 +112,9 @@ inline VI broadcast4(const int8_t* a) {
   return _mm512_set1_epi32(x);
 }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return _mm512_dpbusd_epi32(acc, w, broadcast4(a + k)); }
+inline VI dot_bytes(VI acc, VB bytes, const int8_t* p, int k) {
+  return _mm512_dpbusd_epi32(acc, broadcast4(p + k), bytes);
+}
 using DotU = VI;
 inline DotU dot_u_begin(VI start) { return start; }
 inline DotU dot_u(DotU acc, const WU& w, const int8_t* a, int k) { return dot_s(acc, w, a, k); }
@@ -117,5 +127,7 @@ constexpr int kRegisterSums = 12;
 constexpr int kPanelRegs = 2;
 constexpr int kBlockRegs = 4;
 constexpr int kFewAccs = 16;
+constexpr int kByteAccs = 16;
+constexpr int kMaxFewRows = 24;
 
 }  // namespace

@@ -49,12 +49,6 @@ inline VF vf_load_u8(const uint8_t* p) {
   const uint16x8_t words = vmovl_u8(vcreate_u8(four));
   return vcvtq_f32_u32(vmovl_u16(vget_low_u16(words)));
 }
-inline VF vf_load_i8(const uint8_t* p) {
-  uint32_t four;
-  memcpy(&four, p, 4);
-  const int16x8_t words = vmovl_s8(vreinterpret_s8_u8(vcreate_u8(four)));
-  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)));
-}
 inline void vf_store_f16(uint16_t* p, VF a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
 inline void vi_store_i8(int8_t* p, VI a) {
   const int16x4_t words = vmovn_s32(a);
@@ -68,6 +62,14 @@ inline VI vi_max(VI a, VI b) { return vmaxq_s32(a, b); }
 inline int32_t vi_fold_sum(VI a) { return vaddvq_s32(a); }
 inline int32_t vi_fold_max(VI a) { return vmaxvq_s32(a); }
 inline VI vi_magnitude(VF a) { return vandq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x7fffffff)); }
+inline VI vi_times128(VI a) { return vshlq_n_s32(a, 7); }
+inline void vi_store_digits(int8_t* high, int8_t* low, const VI (&n)[16]) {
+  for (int i = 0; i < 16; i += 2) {
+    const int16x8_t words = vcombine_s16(vmovn_s32(n[i]), vmovn_s32(n[i + 1]));
+    vst1_s8(high + 4 * i, vshrn_n_s16(words, 7));
+    vst1_s8(low + 4 * i, vmovn_s16(vandq_s16(words, vdupq_n_s16(127))));
+  }
+}
 
 inline VB vb_load(const uint8_t* p) { return vld1q_u8(p); }
 inline VB vb_low(VB a) { return vandq_u8(a, vdupq_n_u8(15)); }
@@ -97,6 +99,7 @@ inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) {
       return vdotq_laneq_s32(acc, w, x, 3);
   }
 }
+inline VI dot_bytes(VI acc, VB bytes, const int8_t* p, int k) { return dot_s(acc, ws_bytes(bytes), p, k); }
 using DotU = VI;
 inline DotU dot_u_begin(VI start) { return start; }
 inline DotU dot_u(DotU acc, const WU& w, const int8_t* a, int k) { return dot_s(acc, ws_bytes(w), a, k); }
@@ -109,5 +112,7 @@ constexpr int kRegisterSums = 12;
 constexpr int kPanelRegs = 4;
 constexpr int kBlockRegs = 4;
 constexpr int kFewAccs = 16;
+constexpr int kByteAccs = 16;
+constexpr int kMaxFewRows = 16;
 
 }  // namespace

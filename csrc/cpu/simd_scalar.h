@@ -124,12 +124,6 @@ inline VF vf_load_u8(const uint8_t* p) {
   PYLLAMA_LANES(i) r.v[i] = p[i];
   return r;
 }
-// Signed bytes.
-inline VF vf_load_i8(const uint8_t* p) {
-  VF r;
-  PYLLAMA_LANES(i) r.v[i] = static_cast<int8_t>(p[i]);
-  return r;
-}
 inline void vf_store_f16(uint16_t* p, VF a) { PYLLAMA_LANES(i) p[i] = pyllama::float_to_f16(a.v[i]); }
 // The low bytes of the lanes, which are within int8.
 inline void vi_store_i8(int8_t* p, VI a) { PYLLAMA_LANES(i) p[i] = static_cast<int8_t>(a.v[i]); }
@@ -163,6 +157,18 @@ inline VI vi_magnitude(VF a) {
   VI r;
   PYLLAMA_LANES(i) r.v[i] = static_cast<int32_t>(pyllama::float_to_bits(a.v[i]) & 0x7fffffffu);
   return r;
+}
+inline VI vi_times128(VI a) {
+  PYLLAMA_LANES(i) a.v[i] *= 128;
+  return a;
+}
+// 64 numbers of 14 bits as two digits of seven.
+inline void vi_store_digits(int8_t* high, int8_t* low, const VI (&n)[64 / kLanes]) {
+  for (int i = 0; i < 64; i++) {
+    const int32_t x = n[i / kLanes].v[i % kLanes];
+    high[i] = static_cast<int8_t>(x >> 7 & 127);
+    low[i] = static_cast<int8_t>(x & 127);
+  }
 }
 
 inline VB vb_load(const uint8_t* p) {
@@ -215,6 +221,8 @@ inline VI dot4(VI acc, const W& w, const int8_t* a, int k) {
   return acc;
 }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return dot4(acc, w, a, k); }
+// The same of signed bytes as they are with p within 0…127.
+inline VI dot_bytes(VI acc, VB bytes, const int8_t* p, int k) { return dot4(acc, ws_bytes(bytes), p, k); }
 // With codes, eight such sums of activations within ±127 lie between a begin and an end, both with the same start: what
 // they add up to fits into int16, where that is faster.
 using DotU = VI;
@@ -229,5 +237,7 @@ constexpr int kRegisterSums = 8;  // registers of sums that fit beside those of 
 constexpr int kPanelRegs = 1;     // registers of rows
 constexpr int kBlockRegs = 1;     // attention: registers beside 6 rows of accumulators when there are many rows
 constexpr int kFewAccs = 4;       // attention: accumulators when there are few
+constexpr int kByteAccs = 4;      // attention: accumulators of integers, with a cache of bytes
+constexpr int kMaxFewRows = 16;   // attention: rows up to which a cache of halves is read as it is
 
 }  // namespace
