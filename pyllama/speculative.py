@@ -43,7 +43,7 @@ class RowCosts(NamedTuple):
 
 
 FROM_MEMORY = RowCosts(0.06, 0.08, 0.1)  # while weights arrive, there is time to compute
-FROM_CACHES = RowCosts(0.22, 0.3, 0.25)
+FROM_CACHES = RowCosts(0.12, 0.22, 0.3)
 
 
 def row_costs(step_bytes: int) -> RowCosts:
