@@ -337,7 +337,7 @@ class LLM:
         try:
             self._scheduler.submit(requests)
             while reply.finish_reason is None:
-                self._scheduler.advance(lambda: reply.has_news)
+                self._scheduler.advance(reply.has_news)
                 yield from reply.take()
         finally:
             try:

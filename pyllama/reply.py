@@ -69,7 +69,6 @@ class Reply:
         self.pieces: list[Piece] = []
         self.finish_reason: FinishReason | None = None
 
-    @property
     def has_news(self) -> bool:
         """True when `take` has something to return or to raise."""
         request = self.request

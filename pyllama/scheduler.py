@@ -415,9 +415,12 @@ class Scheduler:
         """How many steps the engine may add by itself: none if anybody wants a say, or a look, before the next one."""
         if self._drafter is not None or len(members) < min(len(self._requests), self._max_sequences):
             return 0
-        if any(request.watched or not request.decoding for request in members):
-            return 0
-        return min(_MOST_MORE, *(request.limit - len(request.results) - 1 for request in members))
+        n = _MOST_MORE
+        for request in members:
+            if request.watched or not request.decoding:
+                return 0
+            n = min(n, request.limit - len(request.results) - 1)
+        return n
 
     def _drafts(self, decoding: list[Request], reading: list[Request]) -> dict[Request, list[int]]:
         """What to guess, in rows that nobody else needs. A guess stops before a token that would end the text."""
