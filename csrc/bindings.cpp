@@ -417,6 +417,21 @@ std::vector<std::vector<Sampled>> run_without_gil(PyModel& self, std::vector<Ste
   return sampled;
 }
 
+// No garbage collection meanwhile: it may call Python, where a Ctrl-C that came during the step would be raised and
+// lost, as exceptions in a collector's callbacks and finalizers are.
+class CollectLater {
+ public:
+  CollectLater() : was_enabled_(PyGC_Disable() != 0) {}
+  ~CollectLater() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  CollectLater(const CollectLater&) = delete;
+  CollectLater& operator=(const CollectLater&) = delete;
+
+ private:
+  const bool was_enabled_;
+};
+
 py::object step(PyModel& self, const py::iterable& batch, int n_more) {
   PyBatch read = read_batch(batch);
   check_batch(*self.model, read.items);  // before memory for logits is taken
@@ -429,6 +444,7 @@ py::object step(PyModel& self, const py::iterable& batch, int n_more) {
   } catch (const Interrupted&) {
     throw py::error_already_set();
   }
+  const CollectLater collect_later;
   try {
     py::object results = new_list(sampled.size());
     for (size_t i = 0; i < sampled.size(); ++i) set_item(results, i, make_result(sampled[i], read.logits[i]));

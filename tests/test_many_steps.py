@@ -4,8 +4,10 @@ shares them, and they end for whatever somebody wants to know before the next. D
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -141,6 +143,42 @@ def test_ctrl_c_takes_all_steps_of_the_call_back() -> None:
     assert sequence.tokens == text and model.pages_in_use <= 3
     (one,), (other,) = (model.step([(s, [2], sampler, "last")]) for s in (sequence, fork))
     assert np.array_equal(one.logits, other.logits) and one.token == other.token
+
+
+def test_ctrl_c_is_not_lost_in_a_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage is collected at every chance, and a callback in Python would swallow the exception."""
+    model, sampler = ENGINE.model(), _C.Sampler(seed=8)
+    sequence = model.sequence()
+    swallowed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
+
+    def callback(phase: str, facts: dict[str, int]) -> None:
+        assert phase
+
+    def press_and_look() -> None:
+        stepping.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = gc.get_threshold()
+    gc.callbacks.append(callback)
+    try:
+        for _ in range(10):
+            stepping = threading.Event()
+            thread = threading.Thread(target=press_and_look)
+            thread.start()
+            with pytest.raises(KeyboardInterrupt):
+                gc.set_threshold(1)
+                stepping.set()
+                for _ in range(1000):
+                    model.step([(sequence, [1], sampler, "none")], 15)
+                    sequence.truncate(0)
+            gc.set_threshold(*before)
+            thread.join()
+            sequence.truncate(0)
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(callback)
+    assert not swallowed
 
 
 # -------------------------------------------------------------------------------- the scheduler
