@@ -69,7 +69,7 @@ def judge(
         record["ratio"] = spread([theirs / mine for mine, theirs in zip(ours, peer[setting], strict=True)])
     if row.floor:
         found = shares(row, ours, probes, info)
-        record |= {"share": spread(found), "floor": spread(probes)}
+        record |= {"share": spread(found), "floor": spread(probes), "isa": info.get("isa", "")}
         if own_probes:
             total = needed(row.work, row.floor, info) / 1e9
             own = [total / s / probe for s, probe in zip(ours, own_probes, strict=True)]

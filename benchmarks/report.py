@@ -122,7 +122,8 @@ def _peer(row: Row, record: Mapping[str, Any]) -> str:
 def _share(row: Row, record: Mapping[str, Any]) -> str:
     if "share" not in record:
         return ""
-    unit = "GB/s" if row.floor == "read" else "GOP/s"
+    isa = record.get("isa", "")  # whose dot products the peak is made of
+    unit = "GB/s" if row.floor == "read" else f"GOP/s, {isa}" if isa else "GOP/s"
     found = f"{record['share']['median']:.0%} of {record['floor']['median']:.0f} {unit}"
     if "own_share" in record:
         of = "where the weights lie" if row.floor == "read" else "at the clock of the work"

@@ -91,7 +91,7 @@ def default_threads() -> int: ...
 def build_info() -> dict[str, str]: ...   # compiler, version
 def read_bandwidth(threads: int, seconds: float, weights: Seq[Weight] = ()) -> float:
     """GB/s of a streaming read of these weights where they lie, or of a buffer beyond the caches."""
-def int8_peak(threads: int, seconds: float, isa: str = "") -> float: ...   # 1e9 operations/s of int8 dot products; a multiply-add is two
+def int8_peak(threads: int, seconds: float, isa: str = "") -> float: ...   # 1e9 operations/s of isa's int8 dot products (amx: tiles); a multiply-add is two
 
 class ops:
     """A submodule (csrc/bindings_ops.cpp): single CPU kernels, for tests and benchmarks; and the sampler's arithmetic.

@@ -598,8 +598,8 @@ def test_bench_table_of_a_file(gguf: Path, capsys: Captured) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[0].startswith("| model | size | params | threads")
     share = r"\d+(\.\d)?, \d+ % of \d+"
-    assert re.search(rf"\| pp8 \| .* \| {share} \| {share} \|$", lines[2])
-    assert re.search(rf"\| tg3 \| .* \| {share} \| {share} \|$", lines[3])
+    assert re.search(rf"\| pp8 \| .* \| {share} \| {share} \(\w+\) \|$", lines[2])
+    assert re.search(rf"\| tg3 \| .* \| {share} \| {share} \(\w+\) \|$", lines[3])
     assert main(["bench", str(gguf), "-p", "1000"]) == 1
     assert "needs a context of 1000 tokens, the model has 128" in capsys.readouterr().err
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,8 @@ def test_matmul_against_float64_and_between_instruction_sets(kind: Kind) -> None
         (80, 320, 50),
         (34, 1060, 21),  # several chunks of columns, the last one short
         (32, 40, 519),  # more than one panel of tokens
+        (150, 640, 64),  # tiles of tokens: two strips and a half, two chunks of columns and a half
+        (49, 280, 43),  # tiles of tokens, the third one with eleven
     ]:
         spec, packed = make(kind, n, k, seed=n)
         weight = native_weight(spec, packed)
@@ -103,7 +107,7 @@ def test_matmul_against_float64_and_between_instruction_sets(kind: Kind) -> None
     st.sampled_from(DENSE + QUANTIZED),
     st.integers(1, 70),
     st.integers(1, 300),
-    st.integers(1, 20),
+    st.integers(1, 50),
     st.integers(0, 2**31),
 )
 def test_matmul_property(kind: Kind, n: int, k: int, m: int, seed: int) -> None:
@@ -127,14 +131,14 @@ def test_extreme_codes_do_not_saturate(kind: Kind) -> None:
     signs = np.ones((3, 256), np.float32)
     signs[1, ::2] = -1
     signs[2, 128:] = -1
-    x = np.concatenate([signs, -signs] * 3)
+    x = np.concatenate([signs, -signs] * 6)
     for columns in (slice(None), slice(None, None, 2)):
         for code, other in (codes, codes[::-1]):
             packed.codes[:] = other
             packed.codes[:, columns] = code
             weight = native_weight(spec, packed)
             want, bound = expected(spec, packed, x)
-            for m in (1, 5, len(x)):
+            for m in (1, 5, 12, len(x)):
                 results = {isa: ops.matmul(weight, x[:m], isa=isa) for isa in ISAS}
                 for isa, y in results.items():
                     assert (np.abs(y - want[:m]) <= bound[:m]).all(), (isa, m)
@@ -256,10 +260,11 @@ def test_what_is_not_a_number_is_not_made_one(isa: str, bad: float) -> None:
         assert np.isnan(ops.quantize_activations(x, isa=isa)[1][0, 0]), position
     for kind in [*DENSE, *QUANTIZED]:
         spec, packed = make(kind, 16, 64)
-        x = np.ones((2, 64), np.float32)
-        x[1, 5] = bad
-        y = ops.matmul(native_weight(spec, packed), x, isa=isa)
-        assert np.isfinite(y[0]).all() and not np.isfinite(y[1]).any()
+        for m in (2, 40):
+            x = np.ones((m, 64), np.float32)
+            x[1, 5] = bad
+            y = ops.matmul(native_weight(spec, packed), x, isa=isa)
+            assert np.isfinite(np.delete(y, 1, axis=0)).all() and not np.isfinite(y[1]).any()
     q, k, v = np.ones((3, 2, 1, 16), np.float32)
     v[0, 0, 3] = np.nan
     assert np.isnan(ops.attention(q[1:], k, v, 1, isa=isa)[0, 0, 3])
@@ -476,3 +481,22 @@ def test_bad_arguments() -> None:
     vector = TensorSpec("v", "f32", (8,))
     with pytest.raises(ValueError, match="row out of range"):
         ops.dequantize_row(native_weight(vector, dense(vector, np.zeros(8, np.float32))), 0)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this machine has no AMX, or its system does not allow it")
+def test_without_permission_for_tiles_there_is_the_next_instruction_set() -> None:
+    """Linux refuses the tile registers while a thread has a signal stack that they would not fit on."""
+    script = """
+import ctypes, mmap
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = mmap.mmap(-1, 8192)
+at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(at, 0, 8192)), None) == 0
+from pyllama import _C
+assert "amx" in _C.all_isas()
+print(*_C.isas())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [isa for isa in ISAS if isa != "amx"]

@@ -1,6 +1,7 @@
 #include "activations.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace pyllama {
 namespace cpu {
@@ -29,9 +30,23 @@ void Activations::claim(Arena& arena, int max_tok) {
   arena.claim(&reordered_, static_cast<size_t>(pool_.threads()) * static_cast<size_t>(max_columns_));
   arena.claim(&normed_, tok * padded);
   arena.claim(&blocks_, tok * (padded / 32 + kRowSkew));
+  if (kernels_.tile_tok) arena.claim(&tiles_, (tok + 15) / 16 * (padded / 32));
   arena.claim(&sum32_, tok * padded / 32);
   arena.claim(&sum64_, tok * (padded / 64 + 1));
   arena.claim(&sum128_, tok * (padded / 128 + 1));
+}
+
+bool Activations::takes_tiles(const Weight& w) const {
+  return kernels_.tile_tok != 0 && M_ >= kernels_.tile_tok && w.quantized() && !info(w.format).has_offset;
+}
+
+void Activations::put_in_tiles(int m, int block, int end) {
+  const XBlock* x = blocks_ + m * ld_;
+  XTile* tile = tiles_ + static_cast<int64_t>(m / 16) * (Kp_ / 32);
+  for (; block < end; block++) {
+    std::memcpy(tile[block].q[m % 16], x[block].q, sizeof x[block].q);
+    tile[block].scale[m % 16] = x[block].scale;
+  }
 }
 
 void sum_groups(const XBlock* x, int blocks, int per_group, float* out) {
@@ -62,6 +77,7 @@ void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* o
     row = reordered;
   }
   kernels_.quantize_row(row, K_, blocks_ + m * ld_);
+  if (in_tiles_) put_in_tiles(m, 0, Kp_ / 32);
 }
 
 void Activations::set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products,
@@ -76,13 +92,16 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
   ld_rows_ = norm ? K : ldx;
   bool quantize = false;
   bool offset[3] = {};  // groups of 32, 64, 128 that a format with an offset asks for
+  in_tiles_ = false;
   for (int i = 0; i < n; i++) {
     const Weight& w = *products[i].w;
+    in_tiles_ |= takes_tiles(w);
     if (!w.quantized() || w.input_order) continue;
     quantize = true;
     if (info(w.format).has_offset) offset[w.group / 64] = true;
   }
-  pool_.run_ranges(M, rows_worth_a_task(K), [&](int begin, int end, int thread) {
+  const int rows = in_tiles_ ? static_cast<int>(round_up(rows_worth_a_task(K), 16)) : rows_worth_a_task(K);
+  pool_.run_ranges(M, rows, [&](int begin, int end, int thread) {
     for (int m = begin; m < end; m++) {
       prepare_row(m, thread, quantize, nullptr, norm, eps);
       for (int i = 0; i < 3; i++) {
@@ -99,11 +118,13 @@ void Activations::expect(int M, int K, const Weight& w) {
   ld_ = Kp_ / 32 + kRowSkew;
   rows_ = nullptr;
   part_group_ = info(w.format).has_offset ? w.group : 0;
+  in_tiles_ = takes_tiles(w);
 }
 
 void Activations::take_part(int m, int k, const float* x, int n) {
   XBlock* blocks = blocks_ + m * ld_ + k / 32;
   kernels_.quantize_row(x, n, blocks);
+  if (in_tiles_) put_in_tiles(m, k / 32, (k + n + 31) / 32);
   if (part_group_ == 32) sum_groups(blocks, (n + 31) / 32, 1, sum32_ + static_cast<int64_t>(m) * (Kp_ / 32) + k / 32);
 }
 
@@ -118,7 +139,7 @@ MatmulArgs Activations::arguments(const Product& p) const {
   MatmulArgs a{};
   a.w = view(*p.w);
   a.M = M_;
-  a.xq = {blocks_, ld_, nullptr};
+  a.xq = {blocks_, ld_, nullptr, in_tiles_ && takes_tiles(*p.w) ? tiles_ : nullptr};
   if (info(p.w->format).has_offset) {
     a.xq.group_sum = group_sums(p.w->group);
   }

@@ -60,12 +60,15 @@ class Activations {
  private:
   void prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps);
   void multiply_reordered(const Product& p);
+  bool takes_tiles(const Weight& w) const;
+  void put_in_tiles(int m, int block, int end);
   void sum_row_groups(int m, int group);
   float* group_sums(int group) const { return group == 32 ? sum32_ : group == 64 ? sum64_ : sum128_; }
 
   const Kernels& kernels_;
   ThreadPool& pool_;
   int M_ = 0, K_ = 0, Kp_ = 0;
+  bool in_tiles_ = false;
   int64_t ld_ = 0;
   const float* source_ = nullptr;
   int64_t ld_source_ = 0;
@@ -76,6 +79,7 @@ class Activations {
   float* reordered_ = nullptr;                                     // per thread [max_columns]
   float* normed_ = nullptr;                                        // [max_tok][max_columns]
   XBlock* blocks_ = nullptr;                                       // [M][ld_]
+  XTile* tiles_ = nullptr;                                         // [ceil(M/16)][Kp/32]
   float *sum32_ = nullptr, *sum64_ = nullptr, *sum128_ = nullptr;  // [M][ceil(K/group)] sums of q·scale
 };
 

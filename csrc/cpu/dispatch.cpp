@@ -23,6 +23,7 @@ extern const Kernels kKernels_avx2;
 extern const Kernels kKernels_avxvnni;
 extern const Kernels kKernels_avx512vnni256;
 extern const Kernels kKernels_avx512vnni;
+extern const TileKernels kKernels_amx;
 #elif defined(__aarch64__)
 extern const Kernels kKernels_neon;
 #endif
@@ -30,7 +31,7 @@ extern const Kernels kKernels_neon;
 namespace {
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false, neon_dot = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false, neon_dot = false;
 };
 
 #if defined(__x86_64__)
@@ -52,6 +53,8 @@ Features detect() {
   f.avx2 = fma && f16c && (b & (1u << 5));
   const unsigned need_b = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // AVX512 F, DQ, BW, VL
   f.avx512vnni = f.avx2 && zmm && (b & need_b) == need_b && (c & (1u << 11));
+  const bool tiles = (saved & 0x60000) == 0x60000 && (d & (1u << 24)) && (d & (1u << 25));  // AMX-TILE, AMX-INT8
+  f.amx = f.avx512vnni && tiles && allow_tiles();
   const unsigned max_subleaf = a;
   if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avxvnni = f.avx2 && (a & (1u << 4));
   return f;
@@ -71,6 +74,22 @@ Features detect() {
 Features detect() { return {}; }
 #endif
 
+#if defined(__x86_64__)
+// AVX-512 with products of many tokens on tiles.
+const Kernels& amx_kernels() {
+  static const Kernels table = [] {
+    Kernels k = kKernels_avx512vnni;
+    k.isa = "amx";
+    k.matmul = kKernels_amx.matmul;
+    k.dot_peak = kKernels_amx.dot_peak;
+    k.tile_tok = kKernels_amx.tile_tok;
+    k.strip_tiles = kKernels_amx.strip_tiles;
+    return k;
+  }();
+  return table;
+}
+#endif
+
 struct Row {
   const Kernels* kernels;
   bool runs;
@@ -83,9 +102,8 @@ const std::vector<Row>& rows() {
     (void)f;
     return std::vector<Row>{
 #if defined(__x86_64__)
-        {&kKernels_avx512vnni, f.avx512vnni},
-        {&kKernels_avxvnni, f.avxvnni},
-        {&kKernels_avx512vnni256, f.avx512vnni},
+        {&amx_kernels(), f.amx},        {&kKernels_avx512vnni, f.avx512vnni},
+        {&kKernels_avxvnni, f.avxvnni}, {&kKernels_avx512vnni256, f.avx512vnni},
         {&kKernels_avx2, f.avx2},
 #elif defined(__aarch64__)
         {&kKernels_neon, f.neon_dot},

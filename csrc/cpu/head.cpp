@@ -67,7 +67,7 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
     a.x = normed_ + static_cast<int64_t>(m0) * config_.dim;
     if (quantized_) {
       const int64_t ld = blocks + kRowSkew;
-      a.xq = {blocks_ + row * ld, ld, group_sum_ ? group_sum_ + row * w_.groups() : nullptr};
+      a.xq = {blocks_ + row * ld, ld, group_sum_ ? group_sum_ + row * w_.groups() : nullptr, nullptr};
     }
     kernels_.matmul(a, 0, tile_end - tile_begin);
     for (int m = 0; m < count; m++) {

@@ -25,11 +25,18 @@ struct XBlock {
 constexpr int32_t kDotOrigin =
     0x4b400000;  // the bits of 1.5·2^23; kDotOrigin + n are those of 1.5·2^23 + n, |n| < 2^22
 
+// 32 columns of sixteen tokens, as a tile unit takes them.
+struct XTile {
+  int8_t q[16][32];
+  float scale[16];
+};
+
 // Activations of M tokens.
 struct QuantX {
   const XBlock* blocks;    // [M][ld]
   int64_t ld;              // at least Kp/32, plus what keeps rows out of each other's sets of the first-level cache
   const float* group_sum;  // [M][groups]: sums of q*scale over the weight's groups; only for formats with an offset
+  const XTile* tiles;      // [ceil(M/16)][Kp/32], at a multiple of 64 bytes, or null
 };
 
 // The part of a Weight that kernels read, as plain data.
@@ -123,6 +130,14 @@ struct Kernels {
   uint64_t (*read_stream)(const uint8_t* data, size_t size_bytes);
   // Runs `rounds` of independent dot products in registers; returns the operations done, and something to keep in
   // *sink.
+  double (*dot_peak)(int rounds, int32_t* sink);
+  int tile_tok = 0;  // from so many tokens on matmul() wants QuantX::tiles; 0: never
+};
+
+// What a tile unit has instead of another instruction set's functions. Few tokens and dense weights it hands on.
+struct TileKernels {
+  int tile_tok, strip_tiles;
+  void (*matmul)(const MatmulArgs& a, int tile_begin, int tile_end);
   double (*dot_peak)(int rounds, int32_t* sink);
 };
 

@@ -10,6 +10,7 @@ void* alloc_zeroed(size_t size_bytes);  // 64-byte aligned; throws std::bad_allo
 void free_zeroed(void* data, size_t size_bytes);
 // Gives back what memory stands behind it, where the system can do that; its content is then zeros or as it was.
 void forget_content(void* data, size_t size_bytes);
+bool allow_tiles();                // asks for the tile registers (AMX), which a process does not have unasked
 void cpu_relax();                  // a pause inside a spin loop
 unsigned set_float_environment();  // round to nearest, subnormals kept; returns what was set before
 void restore_float_environment(unsigned previous);

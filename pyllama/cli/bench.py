@@ -245,7 +245,7 @@ def markdown(records: list[dict[str, Any]]) -> str:
         read = f"{r['gb_per_s']:.1f}, {100 * r['bandwidth_share']:.0f} % of {r['read_gb_per_s']:.0f}"
         done = "–"
         if "gop_per_s" in r:
-            done = f"{r['gop_per_s']:.0f}, {100 * r['peak_share']:.0f} % of {r['int8_gop_per_s']:.0f}"
+            done = f"{r['gop_per_s']:.0f}, {100 * r['peak_share']:.0f} % of {r['int8_gop_per_s']:.0f} ({r['isa']})"
         cells = [" ".join(r["model"].split()), size, params, r["n_threads"], r["isa"], test, speed, read, done]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
