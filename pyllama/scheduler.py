@@ -34,6 +34,7 @@ Item = tuple[Any, Any, Any, str, int]  # of a step: sequence, tokens, sampler, l
 
 MAX_SEQUENCES = 64  # requests in one step; the others wait for their turn
 _MOST_MORE = 15  # steps that a call adds to the first, where nobody looks before the end
+_LOOKS_TO_REST = 8  # so many looks for a guess in vain let a call make one more step without a look
 _LOGITS_CHUNK_TOK = 64  # rows of logits per step: 64 rows of a 128k vocabulary are 33 MB
 _RECHECK_S = 0.1  # a waiting thread looks again after this, should a wake-up have been lost to Ctrl-C
 
@@ -191,6 +192,7 @@ class Scheduler:
         self._model = model
         self._cache = PrefixCache(model, cache_tok) if cache_tok else None
         self._drafter = drafter
+        self._guessless = 0  # looks for a guess in vain, since the last one that found something or the last newcomer
         self._max_sequences = max_sequences
         self._max_batch_tok: int = model.max_batch_tok
         self._requests: list[Request] = []  # in order of arrival
@@ -207,6 +209,7 @@ class Scheduler:
         if self._closed:
             raise ValueError("this LLM is closed")
         self._requests.extend(requests)
+        self._guessless = 0
         self._hurry()
 
     def advance(self, has_news: Callable[[], bool]) -> None:
@@ -413,9 +416,9 @@ class Scheduler:
 
     def _n_more(self, members: list[Request]) -> int:
         """How many steps the engine may add by itself: none if anybody wants a say, or a look, before the next one."""
-        if self._drafter is not None or len(members) < min(len(self._requests), self._max_sequences):
+        if len(members) < min(len(self._requests), self._max_sequences):
             return 0
-        n = _MOST_MORE
+        n = _MOST_MORE if self._drafter is None else min(_MOST_MORE, self._guessless // _LOOKS_TO_REST)
         for request in members:
             if request.watched or not request.decoding:
                 return 0
@@ -436,6 +439,7 @@ class Scheduler:
                 n = next((i for i, token in enumerate(draft) if token in request.end_ids), len(draft))
                 drafts[request] = draft[: min(n, request.room_for_draft, room)]
                 room -= len(drafts[request])
+        self._guessless = 0 if drafts else self._guessless + 1
         return drafts
 
     def _step(self) -> None:

@@ -219,6 +219,34 @@ def test_few_calls_where_nobody_looks_and_one_per_token_where_somebody_does() ->
     assert model.asked == [0] * 6 + [2]
 
 
+class GuessesAt:
+    """Guesses right when a text is so long, and not otherwise."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = lengths
+
+    def draft(self, requests: Any, n_other: int, room: int) -> list[list[int]]:
+        return [continuation(r.prompt.tolist(), r.n_tok)[-2:] if r.n_tok in self.lengths else [] for r in requests]
+
+    def forget(self, request: Any) -> None:
+        pass
+
+
+def test_looks_for_guesses_become_rare_while_they_find_nothing() -> None:
+    model = CountingModel()
+    scheduler = Scheduler(model, drafter=GuessesAt(6))
+    made = unwatched([1, 2], 100)
+    finish(scheduler, [made])
+    assert tokens_of(made) == continuation([1, 2], 100)
+    in_vain = [0] * 7 + [1] * 8 + [2] * 8 + [3] * 8
+    at = next(i for i, tokens in enumerate(model.batches) if tokens[0][0] == 3)  # a token and two guesses
+    assert model.asked[1:at] == in_vain[: at - 1] and model.asked[at : at + 16] == [0] + in_vain[:15]
+    model.asked.clear()
+    again = unwatched([3], 9)  # a newcomer is looked at
+    finish(scheduler, [again])
+    assert tokens_of(again) == continuation([3], 9) and model.asked[:8] == [0] * 8
+
+
 WORK = st.tuples(st.lists(st.integers(0, 96), min_size=1, max_size=20), st.integers(1, 50), st.booleans())
 
 
