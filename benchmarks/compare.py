@@ -27,7 +27,7 @@ from benchmarks.side_peer import VARIANTS  # noqa: E402
 from benchmarks.workers import Worker, WorkerError, run_start  # noqa: E402
 
 # What a floor is compared with beside the probe of the machine: the memory, or the clock, that our run had.
-_OWN = {"read": "weights", "int8": "int8 now"}
+_OWN = {"read": "weights", "int8": "int8 own"}
 _CLOSE = 1.03  # settings that were tried within this factor of the best are measured too
 # Products are timed without the system making fresh memory for each result.
 _KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}

@@ -69,11 +69,11 @@ def judge(
         record["ratio"] = spread([theirs / mine for mine, theirs in zip(ours, peer[setting], strict=True)])
     if row.floor:
         found = shares(row, ours, probes, info)
-        record |= {"share": spread(found), "floor": spread(probes), "isa": info.get("isa", "")}
+        record |= {"share": spread(found), "floor": spread(probes)}
         if own_probes:
             total = needed(row.work, row.floor, info) / 1e9
             own = [total / s / probe for s, probe in zip(ours, own_probes, strict=True)]
-            record |= {"own_share": spread(own), "own_floor": spread(own_probes)}
+            record |= {"own_share": spread(own), "own_floor": spread(own_probes), "isa": info.get("isa", "")}
     if row.kind == "itself":
         assert row.base is not None and peer_base is not None
         record["ours"] = spread(_relative(row, ours, ours_base))

@@ -122,10 +122,11 @@ def _peer(row: Row, record: Mapping[str, Any]) -> str:
 def _share(row: Row, record: Mapping[str, Any]) -> str:
     if "share" not in record:
         return ""
-    isa = record.get("isa", "")  # whose dot products the peak is made of
-    unit = "GB/s" if row.floor == "read" else f"GOP/s, {isa}" if isa else "GOP/s"
+    unit = "GB/s" if row.floor == "read" else "GOP/s"
     found = f"{record['share']['median']:.0%} of {record['floor']['median']:.0f} {unit}"
     if "own_share" in record:
         of = "where the weights lie" if row.floor == "read" else "at the clock of the work"
+        if record.get("isa") == "amx" and row.floor == "int8":
+            of = "of the tile unit's peak"
         found += f"; {of} {record['own_share']['median']:.0%} of {record['own_floor']['median']:.0f}"
     return found
