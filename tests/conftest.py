@@ -5,6 +5,7 @@ hypothesis settings under which no outcome depends on time or chance. Knows noth
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib.util
 import os
 import subprocess
@@ -26,6 +27,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("pyllama")
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No garbage is collected on its own. Python raises Ctrl-C at its first chance, and where that is a callback of the
+    collector, such as hypothesis has, the exception is lost."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def _shared_temp(factory: pytest.TempPathFactory) -> Path:

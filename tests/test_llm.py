@@ -345,6 +345,7 @@ def test_an_abandoned_stream_gives_its_pages_back(tiny: LLM) -> None:
     assert not tiny._scheduler._requests
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_ctrl_c_ends_generate_and_nothing_else(tiny: LLM) -> None:
     """A real signal, sent by another thread as soon as the first tokens are there."""
     with tiny_llm(max_seq_len=200_000) as llm:

@@ -119,6 +119,7 @@ def test_who_is_in_a_hurry_waits_for_one_step() -> None:
     assert len(model.step([(sequence, [1], sampler, "none")], 9)[0].samples) == 10
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_ctrl_c_takes_all_steps_of_the_call_back() -> None:
     small = small_model(Shape(max_seq_len=200_000), Kind("q8", 32))
     model, sampler = small.model(), _C.Sampler(seed=8)
