@@ -8,6 +8,7 @@ import fcntl
 import gc
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("pyllama")
+
+# A shell that starts a command in the background lets it ignore Ctrl-C, which would leave nothing to test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
