@@ -36,6 +36,13 @@ void Activations::claim(Arena& arena, int max_tok) {
   arena.claim(&sum128_, tok * (padded / 128 + 1));
 }
 
+void Activations::reshape(int M, int K) {
+  M_ = M;
+  K_ = K;
+  Kp_ = static_cast<int>(round_up(K, kColumnPad));
+  ld_ = Kp_ / 32 + kRowSkew;
+}
+
 bool Activations::takes_tiles(const Weight& w) const {
   return kernels_.tile_tok != 0 && M_ >= kernels_.tile_tok && w.quantized() && !info(w.format).has_offset;
 }
@@ -82,12 +89,9 @@ void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* o
 
 void Activations::set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products,
                       int n) {
+  reshape(M, K);
   source_ = x;
   ld_source_ = ldx;
-  M_ = M;
-  K_ = K;
-  Kp_ = static_cast<int>(round_up(K, kColumnPad));
-  ld_ = Kp_ / 32 + kRowSkew;
   rows_ = norm ? normed_ : x;
   ld_rows_ = norm ? K : ldx;
   bool quantize = false;
@@ -112,10 +116,7 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
 }
 
 void Activations::expect(int M, int K, const Weight& w) {
-  M_ = M;
-  K_ = K;
-  Kp_ = static_cast<int>(round_up(K, kColumnPad));
-  ld_ = Kp_ / 32 + kRowSkew;
+  reshape(M, K);
   rows_ = nullptr;
   part_group_ = info(w.format).has_offset ? w.group : 0;
   in_tiles_ = takes_tiles(w);

@@ -60,6 +60,7 @@ class Activations {
  private:
   void prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps);
   void multiply_reordered(const Product& p);
+  void reshape(int M, int K);
   bool takes_tiles(const Weight& w) const;
   void put_in_tiles(int m, int block, int end);
   void sum_row_groups(int m, int group);

@@ -160,7 +160,7 @@ void multiply_pass(const MatmulArgs& a, const Pass& pass, Strip& s, int m0, int 
   tile_out<2>(s.dots, 0, first);
   tile_in<3>(first);
   tile_out<3>(s.dots, 0, first);
-  Ahead ahead(a.w, pass, (count + 15) / 16);
+  StripAhead ahead(a.w, pass, (count + 15) / 16);
   for (int m = 0; m < count; m += 16, x += all_blocks) {
     ahead.fetch();
     for (int r = 0; r < pass.tiles; r++) {
