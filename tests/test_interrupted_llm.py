@@ -18,25 +18,19 @@ import pyllama.scheduler
 from pyllama import LLM
 
 from .helpers_llm import tiny_model
+from .helpers_trace import Tracing
 
 FILES = (pyllama.llm.__file__, pyllama.scheduler.__file__, pyllama.prefix_cache.__file__)
 OPENED = tiny_model()
 OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 
 
-class interrupt_at:  # noqa: N801  # reads as a word
+class interrupt_at(Tracing):  # noqa: N801  # reads as a word
     """KeyboardInterrupt at the n-th call or line below a call of one of `functions`; not at lines of _take_turn, whose
     last ones Python runs without looking for signals."""
 
     def __init__(self, n: int, functions: tuple[str, ...]) -> None:
         self.left, self.functions, self.inside = n, functions, 0
-
-    def __enter__(self) -> interrupt_at:
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        sys.settrace(None)
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
         code = frame.f_code

@@ -29,6 +29,7 @@ from pyllama.speculative import LookupDrafter
 
 from .helpers_llm import tiny_llm
 from .helpers_models import Kind, Shape, small_model
+from .helpers_trace import Tracing
 from .test_scheduler import FakeModel, FakeSequence, continuation, finish, request, tokens_of
 
 PAGE = 64
@@ -271,7 +272,7 @@ def test_the_cache_is_given_up_before_a_request_fails_for_want_of_memory() -> No
 # -------------------------------------------------------------------------------- Ctrl-C
 
 
-class at_line:  # noqa: N801  # reads as a word
+class at_line(Tracing):  # noqa: N801  # reads as a word
     """KeyboardInterrupt at the n-th line executed of the driver's work (not of the taking of turns); -1: never."""
 
     FILES = tuple(module.__file__ for module in (scheduler, prefix_cache, speculative, draft_model))
@@ -280,13 +281,6 @@ class at_line:  # noqa: N801  # reads as a word
     def __init__(self, n: int) -> None:
         self.n = n
         self.lines: list[tuple[str, int]] = []
-
-    def __enter__(self) -> at_line:
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        sys.settrace(None)
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
         if frame.f_code.co_filename not in self.FILES:

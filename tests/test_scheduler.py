@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from pyllama.common.errors import PyllamaError
 from pyllama.scheduler import Request, Scheduler
+from tests.helpers_trace import Tracing
 
 VOCAB = 97
 
@@ -442,18 +443,11 @@ def test_a_waiting_thread_gets_its_tokens_while_another_drives() -> None:
     assert tokens_of(short) == continuation([2], 20) and tokens_of(long) == continuation([1], 200)
 
 
-class at_a_line:  # noqa: N801  # reads as a word
+class at_a_line(Tracing):  # noqa: N801  # reads as a word
     """Calls `action` at the n-th line that is executed in these functions, as if another thread did."""
 
     def __init__(self, n: int, functions: tuple[str, ...], action: Callable[[], None]) -> None:
         self.left, self.functions, self.action = n, functions, action
-
-    def __enter__(self) -> at_a_line:
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        sys.settrace(None)
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
         if frame.f_code.co_name not in self.functions and frame.f_code.co_name not in ("_take_turn", "_step"):

@@ -4,7 +4,6 @@ are == to plain decoding's, on random models, for every sampler. And what is wor
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +29,7 @@ from pyllama.speculative import (
 
 from .helpers_llm import VOCAB, tiny_llm
 from .helpers_models import Kind, Shape, small_model
+from .helpers_trace import Tracing
 from .test_scheduler import FakeModel, continuation, finish, request, tokens_of
 
 SAMPLERS: list[dict[str, Any]] = [
@@ -223,7 +223,7 @@ def test_a_guess_that_fails_a_step_costs_the_guessing_and_nothing_else() -> None
     assert not made[0].may_draft and made[0].n_drafted == 0
 
 
-class InterruptedAfter:
+class InterruptedAfter(Tracing):
     """Raises KeyboardInterrupt once, at the n-th line that the driver executes anywhere in these functions."""
 
     STEP = ("_step", "_step_apart", "_plan", "_drafts", "_resync", "_purge", "settle", "check_done")
@@ -245,13 +245,6 @@ class InterruptedAfter:
 
     def __init__(self, n: int) -> None:
         self.left = n
-
-    def __enter__(self) -> InterruptedAfter:
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        sys.settrace(None)
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
         file = frame.f_code.co_filename
