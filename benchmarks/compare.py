@@ -29,8 +29,6 @@ from benchmarks.workers import Worker, WorkerError, run_start  # noqa: E402
 # What a floor is compared with beside the probe of the machine: the memory, or the clock, that our run had.
 _OWN = {"read": "weights", "int8": "int8 own"}
 _CLOSE = 1.03  # settings that were tried within this factor of the best are measured too
-# Products are timed without the system making fresh memory for each result.
-_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
 
 
 class Desk:
@@ -41,9 +39,7 @@ class Desk:
         self._open: dict[tuple[str, ...], Worker] = {}
 
     def ours(self, row: Row) -> Worker:
-        environment = dict(_KEEP_MEMORY) if row.work.kind == "matmuls" else {}
-        if self._arguments.isa:
-            environment["PYLLAMA_ISA"] = self._arguments.isa
+        environment = {"PYLLAMA_ISA": self._arguments.isa} if self._arguments.isa else {}
         path = models.folder_path(row.ours, self._arguments.cache)
         words = [str(path), *self._threads(row), "--kv-dtype", row.kv_dtype]
         return self._get("ours", sys.executable, words, environment)

@@ -19,7 +19,7 @@ class Work:
     decode   `n` steps of one token of each of `parallel` sequences
     prefill  `n` tokens in steps of at most 512, the head for the last one only
     step     one step of `n` tokens with the head for each, the mean of `repeat`
-    matmuls  the products of all layers with `n` tokens and nothing else (ours only)
+    matmuls  of `prefill`, the time inside the products of the layers (ours only)
     python   what happens outside of the engine's calls for each of `n` tokens in `LLM.generate` (ours only)
     python-stream  the same in `LLM.stream`, which makes one call for each token
     python-warm  `python` where calls only pretend to run, so that the caches stay as they were
@@ -85,6 +85,10 @@ ONE = Work("step", 1, depth=64, repeat=16)
 
 _OTHER = "other weights of the same shape: the peer has no such format"
 _SHORT = "32 tokens instead of 128, for time"
+_INSIDE = (
+    "time stamps inside a whole prompt, on the calling thread: the layers' matrices and waiting for the others at their "
+    "end, without SwiGLU and without the rounding before them"
+)
 
 # Rows that share models stand together, so that each model is opened as seldom as possible.
 ROWS = (
@@ -111,7 +115,7 @@ ROWS = (
     Row("deep-decode-1b-q8", "decode 64 at depth 4,096, 1B, q8 cache against f16", "1b-q4", "1b-q4_0", DEEP, 1.85,
         floor="read", share_goal=0.85, kv_dtype="q8"),
     Row("matmuls-1b", "prefill 512, 1B, q4 g32: inside the matmuls", "1b-q4", "", MATMULS, 0.73, "absolute",
-        floor="int8", unit="of the int8 peak"),
+        floor="int8", unit="of the int8 peak", note=_INSIDE),
     Row("decode-1b-1t", "decode 128 on one thread, 1B, q4 g32", "1b-q4", "1b-q4_0", DECODE, 1.25, floor="read",
         share_goal=0.9, threads=1),
     Row("decode-1b-q4nl", "decode 128, 1B, q4nl g64 against Q4_0", "1b-q4nl", "1b-q4_0", DECODE, 1.14, floor="read",
@@ -119,7 +123,7 @@ ROWS = (
     Row("prefill-1b-q4nl", "prefill 512, 1B, q4nl g64", "1b-q4nl", "1b-q4_0", PREFILL, 2.3, floor="int8",
         share_goal=0.62, note=_OTHER),
     Row("matmuls-1b-q4nl", "prefill 512, 1B, q4nl g64: inside the matmuls", "1b-q4nl", "", MATMULS, 0.73,
-        "absolute", floor="int8", unit="of the int8 peak"),
+        "absolute", floor="int8", unit="of the int8 peak", note=_INSIDE),
     Row("decode-1b-km", "decode 128, 1B, q4nl g64 against Q4_K_M", "1b-q4nl", "1b-q4_k_m", DECODE, 1.2, floor="read",
         share_goal=0.94, note=_OTHER),
     Row("decode-1b-q8", "decode 128, 1B, q8 against Q8_0", "1b-q8", "1b-q8_0", DECODE, 1.3, floor="read"),
@@ -128,7 +132,7 @@ ROWS = (
         note=_SHORT),
     Row("prefill-7b", "prefill 512, 7B, q4 g32", "7b-q4", "7b-q4_0", PREFILL, 2.3, floor="int8", share_goal=0.62),
     Row("matmuls-7b", "prefill 512, 7B, q4 g32: inside the matmuls", "7b-q4", "", MATMULS, 0.73, "absolute",
-        floor="int8", unit="of the int8 peak"),
+        floor="int8", unit="of the int8 peak", note=_INSIDE),
     Row("decode-7b-q4nl", "decode 32, 7B, q4nl g64 against Q4_0", "7b-q4nl", "7b-q4_0", DECODE_7B, 1.09, floor="read",
         share_goal=0.94, note=f"{_SHORT}; {_OTHER}"),
     Row("prefill-7b-q4nl", "prefill 512, 7B, q4nl g64", "7b-q4nl", "7b-q4_0", PREFILL, 2.3, floor="int8",

@@ -115,16 +115,10 @@ class Ours:
         return seconds / work.repeat
 
     def _matmuls(self, work: Work) -> float:
-        """Every matrix of layer 0 once: seconds of a model's worth of them."""
-        rng = np.random.default_rng(5)
-        weights = [w for name, w in self._opened.weights.items() if name.startswith("layers.0.") and len(w.shape) == 2]
-        inputs = {
-            columns: rng.standard_normal((work.n, columns), np.float32) for columns in {w.shape[1] for w in weights}
-        }
-        start = time.perf_counter()
-        for w in weights:
-            self._native.ops.matmul(w, inputs[w.shape[1]], self._model.isa, self._model.threads)
-        return (time.perf_counter() - start) * int(self._opened.config["n_layers"])
+        """Of a prompt's seconds those that inside the layers' products."""
+        self._model.profile(True)
+        self._prefill(work)
+        return float(self._model.profile(False)["products"])
 
     def _python(self, work: Work) -> float:
         """Seconds outside of the engine for each token: the median between two calls, times their number."""

@@ -33,6 +33,14 @@ struct Step {
   const int32_t* out_rows = nullptr;  // [n_out] ascending
 };
 
+// Seconds of steps by what they were spent on.
+struct StepTimes {
+  double products = 0;   // the layers' matrices, waiting for the last thread included
+  double attention = 0;  // scores, softmax and weighted values, and rounding them where wo takes int8
+  double head = 0;       // norm and output matrix
+  double rest = 0;       // embedding, norms, rounding before products, RoPE, the cache, SwiGLU
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -57,6 +65,9 @@ class Backend {
   virtual void head() = 0;                    // logits = output·norm(x[out_rows])
   virtual const float* logits() = 0;          // host memory [n_out, vocab_size], valid until the next begin()
   virtual void end() = 0;                     // also called after an exception; workers may sleep again
+
+  // Times steps from now on, or no more; gives what was found since the last call. Never called while a step runs.
+  virtual StepTimes profile(bool /*on*/) { return {}; }
 };
 
 struct CpuOptions {

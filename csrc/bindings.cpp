@@ -455,6 +455,13 @@ py::object step(PyModel& self, const py::iterable& batch, int n_more) {
   }
 }
 
+std::map<std::string, double> profile(PyModel& self, bool on) {
+  const py::gil_scoped_release no_gil;
+  const std::lock_guard<std::timed_mutex> lock(self.mutex);
+  const StepTimes found = self.model->backend().profile(on);
+  return {{"products", found.products}, {"attention", found.attention}, {"head", found.head}, {"rest", found.rest}};
+}
+
 void bind_model(py::module_& m) {
   py::class_<PyModel> model(m, "Model", "Weights and a backend: immutable, shared by all sequences.");
   model.attr("PAGE_TOK") = kPageTok;
@@ -477,7 +484,9 @@ void bind_model(py::module_& m) {
            "Runs the tokens of every item through the model in one pass, and then up to n_more sampled ones.")
       .def(
           "hurry", [](PyModel& self) { self.hurried = true; },
-          "A call of several steps, running or about to, ends after the step it is in.");
+          "A call of several steps, running or about to, ends after the step it is in.")
+      .def("profile", &profile, py::arg("on"),
+           "Times steps from now on, or no more; seconds by kind of work since the last call.");
 }
 
 // ---- the rest

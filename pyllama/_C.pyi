@@ -83,6 +83,12 @@ class Model:
         layers when Ctrl-C is pending: then no sequence has changed.
         """
     def hurry(self) -> None: ...  # from any thread: a call of several passes ends after the one it is in
+    def profile(self, on: bool) -> dict[str, float]:
+        """Times steps from now on, or no more. Seconds of steps since the last call: "products" (the layers' matrices),
+        "attention", "head" (norm and output matrix) and "rest" (norms, rounding, RoPE, the cache, SwiGLU).
+
+        The sum is the time inside the backend; sampling is not in it. Waits while a step runs.
+        """
 
 def isas() -> list[str]: ...              # instruction sets that this machine runs and this build has, best first
 def all_isas() -> list[str]: ...          # those that this build has

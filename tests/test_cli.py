@@ -600,6 +600,11 @@ def test_bench_table_of_a_file(gguf: Path, capsys: Captured) -> None:
     share = r"\d+(\.\d)?, \d+ % of \d+"
     assert re.search(rf"\| pp8 \| .* \| {share} \| {share} \(\w+\) \|$", lines[2])
     assert re.search(rf"\| tg3 \| .* \| {share} \| {share} \(\w+\) \|$", lines[3])
+    assert main(["bench", str(gguf), "-p", "8", "-n", "0", "-r", "1", "--profile"]) == 0
+    title, line, row = capsys.readouterr().out.splitlines()
+    assert title.endswith("| attention | head | products | rest |")
+    assert title.count("|") == line.count("|") == row.count("|")
+    assert sum(int(share) for share in re.findall(r"(\d+) % \|", row)) == pytest.approx(100, abs=2)
     assert main(["bench", str(gguf), "-p", "1000"]) == 1
     assert "needs a context of 1000 tokens, the model has 128" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -610,6 +611,20 @@ def test_a_first_long_step_after_short_ones(plain: SmallModel) -> None:
     model.step([(early, tokens[:5], None, "none")])
     assert np.array_equal(all_logits(model, tokens), whole)
     assert np.array_equal(model.step([(early, tokens[5:], None, "all")])[0].logits, whole[5:])
+
+
+def test_where_the_time_goes(plain: SmallModel) -> None:
+    model, tokens = plain.model(), random_tokens(plain, 40)
+    expected = all_logits(model, tokens)
+    assert not any(model.profile(True).values())  # it was off
+    began = time.perf_counter()
+    assert np.array_equal(all_logits(model, tokens), expected)
+    assert np.array_equal(all_logits(model, tokens[:5], [1] * 5), expected[:5])
+    found, seconds = model.profile(False), time.perf_counter() - began
+    assert list(found) == ["attention", "head", "products", "rest"] and min(found.values()) > 0
+    assert sum(found.values()) <= seconds
+    all_logits(model, tokens)
+    assert not any(model.profile(False).values())
 
 
 def test_bandwidth_of_weights_where_they_lie(plain: SmallModel) -> None:

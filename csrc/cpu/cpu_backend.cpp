@@ -15,6 +15,7 @@
 #include "os.h"
 #include "pages.h"
 #include "scratch.h"
+#include "stopwatch.h"
 #include "thread_pool.h"
 #include "trig.h"
 
@@ -53,6 +54,7 @@ class CpuBackend final : public Backend {
   void begin(const Step& step) override {
     reserve(step.n_tok);
     step_ = &step;
+    watch_.begin();
     float_environment_ = set_float_environment();
     pool_.wake();
     const int half = c_.head_dim / 2;
@@ -83,7 +85,7 @@ class CpuBackend final : public Backend {
         {&w.wv, v_, c_.kv_dim(), bias(w.bv), false},
     };
     in_.set(x_, c_.dim, step_->n_tok, c_.dim, w.attn_norm.vector(), c_.norm_eps, products, 3);
-    in_.multiply(products, 3);
+    multiply(in_, products, 3);
     // Sixteen tokens share the cache lines of a head's keys: one thread writes them.
     if (step_->n_tok >= 2 * kKeyBlock * pool_.threads()) {
       pool_.run((step_->n_tok + kKeyBlock - 1) / kKeyBlock, [&](int task, int) {
@@ -99,7 +101,9 @@ class CpuBackend final : public Backend {
   void attention(int layer) override {
     const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
     if (o_in_parts(w)) parts_.expect(step_->n_tok, c_.q_dim(), w.wo);
+    watch_.turn_to(&StepTimes::attention);
     attention_.run(layer, pages_.by_id().data(), {q_, cos_, sin_}, o_, o_in_parts(w) ? &parts_ : nullptr);
+    watch_.turn_to(&StepTimes::rest);
   }
 
   void attention_out(int layer) override {
@@ -115,7 +119,7 @@ class CpuBackend final : public Backend {
     };
     in_.set(x_, c_.dim, step_->n_tok, c_.dim, w.mlp_norm.vector(), c_.norm_eps, products, 2);
     if (w.w_gate.input_order || w.w_up.input_order) {
-      in_.multiply(products, 2);
+      multiply(in_, products, 2);
       pool_.run(step_->n_tok, [&](int t, int) {
         const int64_t at = static_cast<int64_t>(t) * c_.hidden_dim;
         kernels_.swiglu(gate_ + at, up_ + at, c_.hidden_dim, h_ + at);
@@ -128,15 +132,19 @@ class CpuBackend final : public Backend {
     const MatmulArgs gate = in_.arguments(products[0]), up = in_.arguments(products[1]);
     const int tiles = w.w_gate.tiles(), grain = static_cast<int>(round_up(in_.grain(tiles), kMlpTiles));
     const int most = std::max(1, kMlpValues / (kMlpTiles * kTileRows * step_->n_tok)) * kMlpTiles;
+    watch_.turn_to(&StepTimes::products);
     pool_.run_ranges(tiles, grain, [&](int begin, int end, int thread) {
       float* values = mlp_ + static_cast<int64_t>(thread) * 2 * mlp_values();
       for (; begin < end; begin += most) {
         const int stop = std::min(end, begin + most);
         multiply_some(gate, w.w_gate, begin, stop, values);
         multiply_some(up, w.w_up, begin, stop, values + mlp_values());
+        if (thread == 0) watch_.turn_to(&StepTimes::rest);
         swiglu_some(values, begin, stop, h_in_parts(w));
+        if (thread == 0) watch_.turn_to(&StepTimes::products);
       }
     });
+    watch_.turn_to(&StepTimes::rest);
   }
 
   void mlp_out(int layer) override {
@@ -147,6 +155,7 @@ class CpuBackend final : public Backend {
   void head() override {
     const int n = step_->n_out;
     if (n == 0) return;
+    watch_.turn_to(&StepTimes::head);
     logits_.resize(static_cast<size_t>(n) * c_.vocab_size);
     head_.run(x_, step_->out_rows, n, logits_.data());
   }
@@ -155,10 +164,13 @@ class CpuBackend final : public Backend {
 
   void end() override {
     if (!step_) return;
+    watch_.turn_to(&StepTimes::rest);
     step_ = nullptr;
     pool_.rest();
     restore_float_environment(float_environment_);
   }
+
+  StepTimes profile(bool on) override { return watch_.restart(on); }
 
  private:
   uint8_t* page(int id) const { return pages_.by_id()[static_cast<size_t>(id)]; }
@@ -180,7 +192,13 @@ class CpuBackend final : public Backend {
     } else {
       in_.set(in, columns, step_->n_tok, columns, nullptr, 0, &product, 1);
     }
-    (in_parts ? parts_ : in_).multiply(&product, 1);
+    multiply(in_parts ? parts_ : in_, &product, 1);
+  }
+
+  void multiply(Activations& in, const Product* products, int n) {
+    watch_.turn_to(&StepTimes::products);
+    in.multiply(products, n);
+    watch_.turn_to(&StepTimes::rest);
   }
 
   const Span& span_of(int row) const {
@@ -267,6 +285,7 @@ class CpuBackend final : public Backend {
   Head head_;
   const Step* step_ = nullptr;
   unsigned float_environment_ = 0;
+  Stopwatch watch_;
   int reserved_tok_ = 0;
   Arena arena_;                                                                     // of all that follow but the logits
   float *x_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *o_ = nullptr;  // [reserved_tok][their width]

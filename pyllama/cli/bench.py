@@ -11,7 +11,8 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="prompt tokens per step")
     parser.add_argument("--parallel", type=positive, default=1, metavar="N", help="decode N sequences at once")
     add_kv_dtype(parser)
+    parser.add_argument(
+        "--profile", action="store_true", help="also tell where the time of a step goes, by one more run"
+    )
     parser.add_argument("--synthetic", metavar="SHAPE", help="a random model: 135m, 1b, 7b, 8b or tiny")
     parser.add_argument("--format", metavar="FORMAT", help="with --synthetic: the weights' format (default q4)")
     parser.add_argument("--group-size", type=int, metavar="N", help="with --synthetic: 32 (default), 64 or 128")
@@ -83,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         bench = Bench(opened, label, threads, arguments.batch_size, arguments.parallel, arguments.kv_dtype)
         for test in tests:
             print(f"{test.name}: {arguments.repetitions} runs …", file=sys.stderr, flush=True)
-            records.append(bench.measure(test, arguments.repetitions))
+            records.append(bench.measure(test, arguments.repetitions, arguments.profile))
     print(json_text(records, indent=2) if arguments.output == "json" else safe(markdown(records)))
     return 0
 
@@ -134,12 +138,14 @@ class Bench:
             "int8_gop_per_s": float(self._native.int8_peak(self._model.threads, _PROBE_S, self._model.isa)),
         }
 
-    def measure(self, test: Test, repetitions: int) -> dict[str, Any]:
+    def measure(self, test: Test, repetitions: int, profile: bool = False) -> dict[str, Any]:
         """One record, after one run to warm up. Raises ValueError when the test does not fit in the context."""
         n_tok = test.n_depth + max(test.n_prompt, test.n_gen)
         if n_tok > self._n_ctx:
             raise ValueError(f"{test.name} needs a context of {n_tok} tokens, the model has {self._n_ctx}")
-        samples = self._samples(test, repetitions)
+        with self._sequences(test) as sequences:
+            samples = [self._run(sequences, test) for _ in range(repetitions + 1)][1:]
+            time_shares = {"time_shares": self._time_shares(sequences, test)} if profile else {}
         mean = statistics.fmean(samples)
         record = {
             "model": self._label,
@@ -159,25 +165,35 @@ class Bench:
             "model_size": sum(weight.nbytes for weight in self._weights.values()),
             "model_n_params": sum(_count(weight.shape) for weight in self._weights.values()),
         }
-        return record | self._floors | self._rates(test, mean)
+        return record | self._floors | self._rates(test, mean) | time_shares
 
-    def _samples(self, test: Test, repetitions: int) -> list[float]:
-        """Tokens per second of each run. What lies before them in the cache is computed once."""
+    @contextmanager
+    def _sequences(self, test: Test) -> Iterator[list[Any]]:
+        """With what lies before the test in the cache: that is computed once."""
         sequences = [self._model.sequence() for _ in range(self._n_sequences(test))]
         try:
             for sequence in sequences:
                 self._feed(sequence, test.n_depth, sample=False)
-            samples = []
-            for _ in range(repetitions + 1):
-                start = time.perf_counter()
-                n_tok = self._prompt(sequences[0], test) if test.n_prompt else self._decode(sequences, test)
-                samples.append(n_tok / (time.perf_counter() - start))
-                for sequence in sequences:
-                    sequence.truncate(test.n_depth)
-            return samples[1:]
+            yield sequences
         finally:
             for sequence in sequences:
                 sequence.close()
+
+    def _run(self, sequences: list[Any], test: Test) -> float:
+        """Tokens per second of one run."""
+        start = time.perf_counter()
+        n_tok = self._prompt(sequences[0], test) if test.n_prompt else self._decode(sequences, test)
+        seconds = time.perf_counter() - start
+        for sequence in sequences:
+            sequence.truncate(test.n_depth)
+        return n_tok / seconds
+
+    def _time_shares(self, sequences: list[Any], test: Test) -> dict[str, float]:
+        """What part of the steps' time a run spends on what: "products" of the layers, "attention", "head", "rest"."""
+        self._model.profile(True)
+        self._run(sequences, test)
+        seconds = self._model.profile(False)
+        return {work: s / sum(seconds.values()) for work, s in seconds.items()}
 
     def _n_sequences(self, test: Test) -> int:
         return self._parallel if test.n_gen else 1
@@ -234,9 +250,10 @@ def _count(shape: Sequence[int]) -> int:
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """The records as a table."""
+    parts = list(records[0].get("time_shares", ()))
     lines = [
-        "| model | size | params | threads | isa | test | tok/s | GB/s | GOP/s |",
-        "|---|---:|---:|---:|---|---|---:|---:|---:|",
+        "| model | size | params | threads | isa | test | tok/s | GB/s | GOP/s |" + "".join(f" {p} |" for p in parts),
+        "|---|---:|---:|---:|---|---|---:|---:|---:|" + "---:|" * len(parts),
     ]
     for r in records:
         speed = f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"
@@ -247,5 +264,6 @@ def markdown(records: list[dict[str, Any]]) -> str:
         if "gop_per_s" in r:
             done = f"{r['gop_per_s']:.0f}, {100 * r['peak_share']:.0f} % of {r['int8_gop_per_s']:.0f} ({r['isa']})"
         cells = [" ".join(r["model"].split()), size, params, r["n_threads"], r["isa"], test, speed, read, done]
+        cells += [f"{100 * r['time_shares'][part]:.0f} %" for part in parts]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
