@@ -86,7 +86,7 @@ ONE = Work("step", 1, depth=64, repeat=16)
 _OTHER = "other weights of the same shape: the peer has no such format"
 _SHORT = "32 tokens instead of 128, for time"
 _INSIDE = (
-    "time stamps inside a whole prompt, on the calling thread: the layers' matrices and waiting for the others at their "
+    "time stamps inside a whole prompt, on the calling thread: the layers' matrices and the wait for others at their "
     "end, without SwiGLU and without the rounding before them"
 )
 
