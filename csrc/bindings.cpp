@@ -1,6 +1,6 @@
-// The extension module pyllama._C: the only place, with bindings_ops.cpp, that knows Python. It turns Python objects
-// into the structs of csrc/model, keeps every buffer alive that a weight views, releases the GIL while a step runs, and
-// turns C++ exceptions into Python's. It decides nothing about models or kernels.
+// The extension module pyllama._C: the only place, with the other bindings_*.cpp, that knows Python. It turns Python
+// objects into the structs of csrc/model, keeps every buffer alive that a weight views, releases the GIL while a step
+// runs, and turns C++ exceptions into Python's. It decides nothing about models or kernels.
 #include "bindings.h"
 
 #include <pybind11/numpy.h>
@@ -550,6 +550,8 @@ void translate(std::exception_ptr pointer) {
     set_python_error("pyllama.common.errors", "ModelFormatError", error);
   } catch (const ContextError& error) {
     set_python_error("pyllama.common.errors", "ContextLengthError", error);
+  } catch (const DeviceError& error) {
+    set_python_error("pyllama.common.errors", "DeviceError", error);
   }
 }
 
@@ -565,5 +567,6 @@ PYBIND11_MODULE(_C, m) {
   pyllama::bind_model(m);
   pyllama::bind_machine(m);
   pyllama::bind_ops(m);
+  pyllama::bind_cuda(m.def_submodule("cuda"));
   pyllama::bind_portable_math(m.def_submodule("ops"));
 }

@@ -1,4 +1,4 @@
-// What bindings.cpp and bindings_ops.cpp share: the Python-owned weight. Only these two files include pybind11.
+// What the files bindings*.cpp share: the Python-owned weight. Only they include pybind11.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,5 +15,6 @@ struct PyWeight {
 };
 
 void bind_ops(pybind11::module_& module);  // bindings_ops.cpp: the submodule `ops`
+void bind_cuda(pybind11::module_ module);  // bindings_cuda.cpp: the submodule `cuda`
 
 }  // namespace pyllama

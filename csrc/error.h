@@ -1,6 +1,6 @@
 // Errors of the C++ side. Everything throws; nothing aborts. The bindings turn FormatError into
-// pyllama.ModelFormatError, ContextError into pyllama.ContextLengthError, Interrupted into whatever Python exception is
-// pending, std::invalid_argument into ValueError.
+// pyllama.ModelFormatError, ContextError into pyllama.ContextLengthError, DeviceError into pyllama.DeviceError,
+// Interrupted into whatever Python exception is pending, std::invalid_argument into ValueError.
 #pragma once
 
 #include <sstream>
@@ -16,6 +16,11 @@ struct FormatError : std::runtime_error {
 
 // More tokens than the model's context holds.
 struct ContextError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A device that was asked for and cannot be had.
+struct DeviceError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

@@ -99,6 +99,19 @@ def read_bandwidth(threads: int, seconds: float, weights: Seq[Weight] = ()) -> f
     """GB/s of a streaming read of these weights where they lie, or of a buffer beyond the caches."""
 def int8_peak(threads: int, seconds: float, isa: str = "") -> float: ...   # 1e9 operations/s of isa's int8 dot products (amx: tiles); a multiply-add is two
 
+class cuda:
+    """A submodule (csrc/bindings_cuda.cpp): what the CUDA library says. Opens the library at `path`; DeviceError says why not."""
+    @staticmethod
+    def library_path() -> str: ...                         # PYLLAMA_CUDA_LIBRARY, else the file beside this extension
+    @staticmethod
+    def build(path: str) -> dict[str, Any]: ...            # toolkit (13000: 13.0), emulated, architectures
+    @staticmethod
+    def driver(path: str) -> int: ...                      # the newest CUDA that the driver runs
+    @staticmethod
+    def devices(path: str) -> list[dict[str, Any]]: ...    # name compute_capability multiprocessors l2_bytes shared_bytes memory_bytes free_bytes
+    @staticmethod
+    def read_bandwidth(path: str, device: int, n_bytes: int, repeats: int = 5) -> float: ...   # GB/s, the fastest pass
+
 class ops:
     """A submodule (csrc/bindings_ops.cpp): single CPU kernels, for tests and benchmarks; and the sampler's arithmetic.
 

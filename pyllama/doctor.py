@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .common.errors import PyllamaError
+from .cuda import CANNOT_RUN, examine_cuda
 from .demo import demo_source
 from .memory import available_bytes
 from .native import load_native
@@ -47,8 +48,7 @@ def examine() -> list[Finding]:
     findings += _engine()
     findings += [_package(name) for name in _PACKAGES]
     findings.append(_demo())
-    findings.append(Finding("cuda", "missing", "this build has no CUDA backend; everything runs on the CPU"))
-    return findings
+    return [*findings, *_cuda()]
 
 
 def _engine() -> list[Finding]:
@@ -114,6 +114,18 @@ def _demo() -> Finding:
         return Finding("demo", "ok", demo_source().name)
     except PyllamaError as error:
         return Finding("demo", "missing", str(error))
+
+
+def _cuda() -> list[Finding]:
+    try:
+        report = examine_cuda()
+    except ImportError:  # the engine's line says it
+        return [Finding("cuda", "missing", "unknown without the engine")]
+    if report.trouble is not None:
+        built = "" if report.library is None else f"{report.library}; "
+        return [Finding("cuda", "missing", f"{built}{report.trouble}; everything runs on the CPU")]
+    devices = [Finding(f"cuda device {i}", "ok", text) for i, text in enumerate(report.devices)]
+    return [Finding("cuda", "missing", f"{report.library}; {CANNOT_RUN}, everything runs on the CPU"), *devices]
 
 
 def _cpu_name() -> str:

@@ -13,7 +13,8 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from .common.errors import ContextLengthError, DeviceError, PyllamaError
+from .common.errors import ContextLengthError, PyllamaError
+from .cuda import require_cuda
 from .draft_model import open_drafter
 from .native import load_native
 from .open import OpenedModel, open_model
@@ -398,7 +399,7 @@ class Session:
 
 def _check_device(device: str) -> None:
     if device == "cuda":
-        raise DeviceError('device="cuda": this build has no CUDA backend; use device="cpu" or "auto"')
+        require_cuda()
     if device not in ("auto", "cpu"):
         raise ValueError(f'device={device!r}: expected "auto", "cpu" or "cuda"')
 

@@ -24,7 +24,8 @@ CPP_ARROWS = {
     "cpu": {"words", "backend", "cpu"},
     "cuda": {"words", "backend", "cuda"},
     "model": {"words", "backend", "model"},
-    "bindings": {"words", "backend", "model", "cpu", "bindings"},
+    "cuda_library": {"words", "backend", "cuda_library", "cuda"},  # of cuda/ only the table: see below
+    "bindings": {"words", "backend", "model", "cpu", "cuda_library", "bindings"},
 }
 WORDS = {"error", "formats", "tensor", "config"}
 
@@ -41,7 +42,7 @@ ALLOWED_IN_COMMON = {"numpy"}
 
 
 def cpp_files() -> list[Path]:
-    return sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".inc"})
+    return sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".inc"})
 
 
 def python_files() -> list[Path]:
@@ -130,6 +131,12 @@ def test_includes_follow_the_arrows(path: Path) -> None:
         target = resolve_include(path, name)
         assert target is not None, f'#include "{name}" names no file of csrc; system headers go in <>'
         assert cpp_room(target) in CPP_ARROWS[room], f'{room} must not include {cpp_room(target)}: "{name}"'
+
+
+def test_the_extension_knows_only_the_table_of_cuda() -> None:
+    outside = [p for p in cpp_files() if cpp_room(p) != "cuda"]
+    found = {name for p in outside for name in INCLUDE.findall(p.read_text(encoding="utf-8")) if "cuda/" in name}
+    assert found == {"cuda/api.h"}
 
 
 @pytest.mark.parametrize("path", cpp_files(), ids=ids(cpp_files()))
