@@ -202,3 +202,17 @@ def small_model(shape: Shape | None = None, kind: Kind | None = None, seed: int 
         if packed.input_order is not None:
             made.orders[name] = packed.input_order
     return made
+
+
+def random_tokens(model: SmallModel, n: int, seed: int = 0) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(0, model.shape.vocab_size, n, dtype=np.int32)
+
+
+def all_logits(model: Any, tokens: Any, chunks: list[int] | None = None) -> NDArray[np.float32]:
+    """[n_tok, vocab] of one new sequence, fed in chunks of these sizes."""
+    sequence, rows, start = model.sequence(), [], 0
+    for size in chunks or [len(tokens)]:
+        rows.append(model.step([(sequence, tokens[start : start + size], None, "all")])[0].logits)
+        start += size
+    assert start == len(tokens) == sequence.n_past
+    return np.concatenate(rows)

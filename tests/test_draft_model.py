@@ -207,7 +207,7 @@ def test_an_interrupt_at_any_line_loses_and_repeats_nothing(kind: type[FakeModel
     def make() -> Scheduler:
         return Scheduler(FakeModel(max_batch_tok=24), drafter=DraftModel(kind(5), 40, CHEAP))
 
-    interrupt_everywhere(make, [[1, 2] * 4, [7]], limit=9, stride=3)
+    interrupt_everywhere(make, [([1, 2] * 4, 9), ([7], 9)], stride=3)
 
 
 def test_useless_guesses_become_rare() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from pyllama.native import load_native
 
-from .helpers_models import Kind, Shape, small_model
+from .helpers_models import QUANTIZED, Kind, Shape, all_logits, random_tokens, small_model
 
 STATM = Path("/proc/self/statm")
 
@@ -75,3 +75,13 @@ def test_pages_that_nobody_holds_go_back_to_the_system() -> None:
     assert pages == 1 and np.array_equal(model.step([(source, [2], None, "last")])[0].logits, found[0].logits), (
         "the page in use is untouched"
     )
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="resident memory is read from /proc")
+def test_room_for_many_tokens_costs_no_memory_before_it_is_used() -> None:
+    model = small_model(Shape(dim=512, hidden_dim=1024, n_heads=8, n_kv_heads=8, head_dim=64), QUANTIZED[-1])
+    before = resident_bytes()
+    roomy = model.model(max_batch_tok=65536, threads=1)  # x, q, k, v, o, gate, up, h of so many tokens: 1.6 GB
+    few = all_logits(roomy, random_tokens(model, 3))
+    assert resident_bytes() - before < 250e6
+    assert np.array_equal(few, all_logits(model.model(max_batch_tok=64, threads=1), random_tokens(model, 3)))

@@ -22,6 +22,7 @@ from pyllama import LLM, ContextLengthError, DeviceError, Piece, PyllamaError, R
 from pyllama.reply import StopMatcher
 
 from .helpers_llm import FIRST_BYTE, VOCAB, tiny_llm
+from .helpers_threads import in_threads
 
 HOT = SamplingParams(temperature=1.5, max_tokens=40, seed=11, ignore_eos=True)
 
@@ -202,12 +203,7 @@ def test_many_threads_share_one_llm(tiny: LLM) -> None:
                 wrong.append(("stream", i))
             next(tiny.stream(f"thread {i}", HOT, seed=i))  # left after its first piece
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
+    in_threads(8, work)
     assert not wrong
 
 

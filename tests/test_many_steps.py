@@ -22,7 +22,7 @@ from pyllama.scheduler import Scheduler
 from .helpers_llm import tiny_llm
 from .helpers_models import Kind, Shape, small_model
 from .test_scheduler import FakeModel, continuation, finish, request, tokens_of
-from .test_speculative import ENGINE, SAMPLERS, InterruptedAfter, decode, facts, told
+from .test_speculative import ENGINE, SAMPLERS, decode, facts, interrupt_everywhere, told
 
 VOCAB_SIZE = ENGINE.shape.vocab_size
 
@@ -289,23 +289,9 @@ def test_a_request_that_comes_waits_for_one_step() -> None:
 
 
 def test_an_interrupt_at_any_line_loses_and_repeats_nothing() -> None:
-    n_lines = 0
-    for n in range(0, 2000, 2):
-        scheduler = Scheduler(FakeModel(max_batch_tok=24))
-        others = [unwatched([1, 2] * 3, 37), unwatched([7, 8, 9], 20)]
-        scheduler.submit(others)
-        interrupt = InterruptedAfter(n)
-        try:
-            with interrupt:
-                finish(scheduler, [unwatched([1], 30)])
-        except KeyboardInterrupt:
-            n_lines = n
-        scheduler.advance(lambda others=others: not any(r.wants_step for r in others))  # type: ignore[misc]
-        scheduler.release(others)
-        assert [tokens_of(r) for r in others] == [continuation([1, 2] * 3, 37), continuation([7, 8, 9], 20)]
-        if interrupt.left >= 0:
-            break
-    assert n_lines > 60 and interrupt.left >= 0, "not all lines were reached"
+    interrupt_everywhere(
+        lambda: Scheduler(FakeModel(max_batch_tok=24)), [([1, 2] * 3, 37), ([7, 8, 9], 20)], 2, unwatched
+    )
 
 
 # -------------------------------------------------------------------------------- texts

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from pyllama.speculative import LookupDrafter
 
 from .helpers_llm import tiny_llm
 from .helpers_models import Kind, Shape, small_model
+from .helpers_threads import in_threads
 from .helpers_trace import Tracing
 from .test_scheduler import FakeModel, FakeSequence, continuation, finish, request, tokens_of
 
@@ -439,12 +439,8 @@ def test_threads_share_a_beginning(plain: LLM) -> None:
                     wrong.append(i)
                 next(llm.stream(f"{SYSTEM}{i}", HOT, seed=i))
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert not any(thread.is_alive() for thread in threads) and not wrong
+        in_threads(6, work)
+        assert not wrong
         gc.collect()
         llm.generate("x", max_tokens=1)
         assert 0 < model.pages_in_use <= 8

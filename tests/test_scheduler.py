@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from pyllama.common.errors import PyllamaError
 from pyllama.scheduler import Request, Scheduler
-from tests.helpers_trace import Tracing
+
+from .helpers_threads import in_threads
+from .helpers_trace import Tracing
 
 VOCAB = 97
 
@@ -260,17 +262,11 @@ def test_an_interrupt_between_any_two_settled_requests(n: int, monkeypatch: pyte
     assert sum(len(result.logits) for result in others[4].results) == 3
 
 
-class interrupted_after:  # noqa: N801  # reads as a word
+class interrupted_after(Tracing):  # noqa: N801  # reads as a word
     """Raises KeyboardInterrupt once, at the n-th line executed in Request.settle or check_done."""
 
     def __init__(self, n: int) -> None:
         self.left = n
-
-    def __enter__(self) -> None:
-        sys.settrace(self.trace)
-
-    def __exit__(self, *error: object) -> None:
-        sys.settrace(None)
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
         if frame.f_code.co_name not in ("settle", "check_done"):
@@ -403,12 +399,7 @@ def test_many_threads_share_one_scheduler() -> None:
             if tokens_of(made)[: len(expected)] != expected:
                 wrong.append((i, round_, tokens_of(made), expected))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    in_threads(12, work)
     assert not wrong
     assert all(sequence.closed for sequence in model.sequences)
     assert max(len(batch) for batch in model.batches) > 1, "nobody shared a step"

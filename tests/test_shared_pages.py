@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from .helpers_models import Kind, Shape, small_model
+from .helpers_threads import in_threads
 
 PAGE = 64
 ENGINE = small_model(Shape(n_layers=2, max_seq_len=1024), Kind("q4", 32))
@@ -153,11 +154,7 @@ def test_forks_of_many_threads_while_steps_run() -> None:
             if not np.array_equal(logits(fork, TEXT[n : n + 40]), expected[n : n + 40]):
                 wrong.append(n)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, work)
     assert not wrong
 
 
