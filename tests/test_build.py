@@ -47,6 +47,7 @@ def test_the_version_has_one_home() -> None:
 
 def test_every_source_is_built_and_nothing_else(commands: dict[str, list[str]]) -> None:
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")}
+    sources = {s for s in sources if not s.startswith("csrc/cuda/")}  # a library of its own
     arm = platform.machine() in ("aarch64", "arm64")
     foreign = {s for s in sources if re.search("/kernels_avx" if arm else "/kernels_neon", s)}
     assert foreign

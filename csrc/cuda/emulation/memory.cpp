@@ -1,0 +1,138 @@
+// See memory.h.
+#include "memory.h"
+
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
+
+#include "thread.h"
+
+namespace pyllama::cuda::emulation {
+
+namespace {
+
+constexpr size_t kGuardBytes = 256;                // and the alignment of a buffer, as cudaMalloc's
+constexpr unsigned char kGuard[2] = {0xc5, 0xff};  // a NaN in every type, and not what poison is
+
+struct Buffer {
+  size_t bytes;
+  std::string name;
+};
+
+struct Memories {
+  std::mutex mutex;
+  std::map<uintptr_t, Buffer> buffers;  // by address
+  size_t bytes = 0;
+  std::string damage;  // found when a buffer was freed, where nothing can be thrown
+};
+
+Memories& memories() {
+  static auto* all = new Memories;  // outlives whatever frees memory at exit
+  return *all;
+}
+
+std::string described(const Buffer& buffer) {
+  return "\"" + buffer.name + "\" (" + std::to_string(buffer.bytes) + " bytes)";
+}
+
+void set_guards(unsigned char* data, size_t bytes) {
+  for (size_t i = 0; i < kGuardBytes; i++) data[i - kGuardBytes] = data[bytes + i] = kGuard[i % 2];
+}
+
+// "" or where a guard zone is not what it was. Repairs it, so that one defect is reported once.
+std::string damage_of(uintptr_t address, const Buffer& buffer) {
+  auto* data = reinterpret_cast<unsigned char*>(address);
+  std::string found;
+  for (size_t i = 0; i < kGuardBytes && found.empty(); i++) {
+    if (data[buffer.bytes + i] != kGuard[i % 2]) {
+      found = "wrote " + std::to_string(i) + " bytes behind " + described(buffer);
+    } else if (data[i - kGuardBytes] != kGuard[i % 2]) {
+      found = "wrote " + std::to_string(kGuardBytes - i) + " bytes before " + described(buffer);
+    }
+  }
+  if (!found.empty()) set_guards(data, buffer.bytes);
+  return found;
+}
+
+// "" or why `bytes` from p are not inside a buffer.
+std::string outside(const void* p, size_t bytes) {
+  Memories& all = memories();
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  auto at = all.buffers.upper_bound(address);
+  if (at != all.buffers.begin()) {
+    --at;
+    const uintptr_t offset = address - at->first;
+    if (offset <= at->second.bytes && bytes <= at->second.bytes - offset) return "";
+    if (offset < at->second.bytes + kGuardBytes) {
+      return "bytes " + std::to_string(offset) + " to " + std::to_string(offset + bytes) + " of " +
+             described(at->second);
+    }
+    ++at;
+  }
+  if (at != all.buffers.end() && at->first - address <= kGuardBytes) {
+    return std::to_string(at->first - address) + " bytes before " + described(at->second);
+  }
+  return "an address that is not device memory";
+}
+
+}  // namespace
+
+void* allocate(size_t bytes, const char* name) {
+  Memories& all = memories();
+  void* whole = ::operator new(bytes + 2 * kGuardBytes, std::align_val_t{kGuardBytes}, std::nothrow);
+  if (!whole) {
+    throw Error(kPyllamaCudaOutOfMemory,
+                "out of emulated device memory: " + std::to_string(bytes) + " bytes for " + name);
+  }
+  auto* data = static_cast<unsigned char*>(whole) + kGuardBytes;
+  memset(data, kPoison, bytes);
+  set_guards(data, bytes);
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.buffers[reinterpret_cast<uintptr_t>(data)] = {bytes, name};
+  all.bytes += bytes;
+  return data;
+}
+
+void release(void* data) noexcept {
+  Memories& all = memories();
+  {
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    const auto at = all.buffers.find(reinterpret_cast<uintptr_t>(data));
+    if (all.damage.empty()) all.damage = damage_of(at->first, at->second);
+    all.bytes -= at->second.bytes;
+    all.buffers.erase(at);
+  }
+  ::operator delete(static_cast<unsigned char*>(data) - kGuardBytes, std::align_val_t{kGuardBytes});
+}
+
+size_t allocated_bytes() {
+  const std::lock_guard<std::mutex> lock(memories().mutex);
+  return memories().bytes;
+}
+
+void check_device_range(const void* p, size_t bytes, const char* what) {
+  const std::string reason = outside(p, bytes);
+  if (!reason.empty()) fail(std::string(what) + ": " + reason);
+}
+
+void check_device_memory(const void* p, size_t bytes, const char* what) {
+  const size_t past = reinterpret_cast<uintptr_t>(p) % bytes;
+  if (past)
+    fail(std::string(what) + " at an address " + std::to_string(past) + " past a multiple of " + std::to_string(bytes));
+  check_device_range(p, bytes, what);
+}
+
+void check_device_guards(const std::string& what) {
+  Memories& all = memories();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  std::string found;
+  std::swap(found, all.damage);
+  for (auto at = all.buffers.begin(); found.empty() && at != all.buffers.end(); ++at)
+    found = damage_of(at->first, at->second);
+  if (!found.empty()) throw Error(kPyllamaCudaInternal, what + ": " + found);
+}
+
+}  // namespace pyllama::cuda::emulation

@@ -1,0 +1,23 @@
+// Emulated device memory: host memory, poisoned when allocated, with guard zones around each buffer, and a register of
+// what lies where, so that an access or a copy out of bounds is an error that names the buffer.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace pyllama::cuda::emulation {
+
+void* allocate(size_t bytes, const char* name);
+void release(void* data) noexcept;
+size_t allocated_bytes();
+
+// Throws unless p is a multiple of `bytes` (an access of 2 to 16) and the bytes lie in one buffer.
+void check_device_memory(const void* p, size_t bytes, const char* what);
+
+// The same for a copy or fill of any size and alignment.
+void check_device_range(const void* p, size_t bytes, const char* what);
+
+// Throws if somebody wrote into a guard zone; `what` is who ran last.
+void check_device_guards(const std::string& what);
+
+}  // namespace pyllama::cuda::emulation

@@ -1,0 +1,198 @@
+// runtime.h on the CPU. A stream is a list of work that nobody does before somebody waits: the latest that a device
+// could be, so that a host which reads too early finds poison, and one which overwrites what is still to be copied
+// finds that copied.
+#include "../runtime.h"
+
+#include <chrono>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "memory.h"
+#include "thread.h"
+
+namespace pyllama::cuda {
+
+namespace {
+
+using Work = std::function<void()>;
+
+struct StreamState {
+  std::deque<Work> work;
+  std::unique_ptr<std::vector<Work>> recording;
+
+  void add(Work item) {
+    if (recording) {
+      recording->push_back(std::move(item));
+    } else {
+      work.push_back(std::move(item));
+    }
+  }
+
+  void do_next() {
+    const Work item = std::move(work.front());
+    work.pop_front();
+    item();
+  }
+
+  // What comes after something that failed is not done.
+  void finish() {
+    try {
+      while (!work.empty()) do_next();
+    } catch (...) {
+      work.clear();
+      throw;
+    }
+  }
+};
+
+struct EventState {
+  std::shared_ptr<StreamState> stream;  // where it was last recorded
+  uint64_t recorded = 0, reached = 0;
+  std::chrono::steady_clock::time_point time;
+};
+
+using GraphState = std::shared_ptr<const std::vector<Work>>;
+
+// Streams and events are shared with the work that speaks of them.
+std::shared_ptr<StreamState>& state_of(const Stream& s) {
+  return *static_cast<std::shared_ptr<StreamState>*>(s.handle());
+}
+std::shared_ptr<EventState>& state_of(const Event& e) { return *static_cast<std::shared_ptr<EventState>*>(e.handle()); }
+
+void check_copy(const void* device, size_t bytes, const char* what) {
+  emulation::check_device_range(device, bytes, what);
+}
+
+}  // namespace
+
+bool emulated() { return true; }
+int driver_version() { return 0; }
+int runtime_version() { return 0; }
+int device_count() { return 1; }
+
+// The shared memory is the least of what sm_80 and later offer; a kernel made for sm_75 must ask for 64 KiB at most.
+DeviceProperties properties(int device) {
+  use_device(device);
+  constexpr size_t kMemoryBytes = size_t{8} << 30;
+  const size_t used = emulation::allocated_bytes();
+  return {"emulated device",
+          8,
+          0,
+          4,
+          1 << 20,
+          99 << 10,
+          kMemoryBytes,
+          kMemoryBytes - (used < kMemoryBytes ? used : kMemoryBytes)};
+}
+
+void use_device(int device) {
+  if (device == 0) return;
+  throw Error(kPyllamaCudaNoDevice, "device " + std::to_string(device) + ": the emulation has device 0 only");
+}
+
+Memory::Memory(size_t bytes, const char* name) : data_(emulation::allocate(bytes, name)), bytes_(bytes) {}
+Memory::~Memory() {
+  if (data_) emulation::release(data_);
+}
+
+HostMemory::HostMemory(size_t bytes) : data_(::operator new(bytes)) { memset(data_, emulation::kPoison, bytes); }
+HostMemory::~HostMemory() { ::operator delete(data_); }
+
+Event::Event() : handle_(new std::shared_ptr<EventState>(std::make_shared<EventState>())) {}
+Event::~Event() { delete &state_of(*this); }
+
+double seconds_between(const Event& begin, const Event& end) {
+  return std::chrono::duration<double>(state_of(end)->time - state_of(begin)->time).count();
+}
+
+Graph::~Graph() { delete static_cast<GraphState*>(handle_); }
+
+Stream::Stream() : handle_(new std::shared_ptr<StreamState>(std::make_shared<StreamState>())) {}
+Stream::~Stream() { delete &state_of(*this); }
+
+void Stream::copy_to_device(void* device, const void* host, size_t bytes) {
+  check_copy(device, bytes, "copy_to_device");
+  state_of(*this)->add([=] {
+    check_copy(device, bytes, "copy_to_device");  // nobody has freed it meanwhile
+    memcpy(device, host, bytes);
+  });
+}
+
+void Stream::copy_to_host(void* host, const void* device, size_t bytes) {
+  check_copy(device, bytes, "copy_to_host");
+  if (!state_of(*this)->recording) memset(host, emulation::kPoison, bytes);
+  state_of(*this)->add([=] {
+    check_copy(device, bytes, "copy_to_host");
+    memcpy(host, device, bytes);
+  });
+}
+
+void Stream::copy_on_device(void* to, const void* from, size_t bytes) {
+  state_of(*this)->add([=] {
+    check_copy(to, bytes, "copy_on_device");
+    check_copy(from, bytes, "copy_on_device");
+    memmove(to, from, bytes);
+  });
+}
+
+void Stream::fill(void* device, unsigned char value, size_t bytes) {
+  state_of(*this)->add([=] {
+    check_copy(device, bytes, "fill");
+    memset(device, value, bytes);
+  });
+}
+
+void Stream::launch_kernel(const char* name, const void* kernel, void (*call)(const void*, const void*),
+                           const void* args, size_t args_bytes, const LaunchShape& shape) {
+  const auto* bytes = static_cast<const unsigned char*>(args);
+  emulation::Launch launch{name, shape, call, kernel, {bytes, bytes + args_bytes}};
+  state_of(*this)->add([launch = std::move(launch)] { emulation::run(launch); });
+}
+
+void Stream::record(const Event& event) {
+  const std::shared_ptr<EventState>& e = state_of(event);
+  if (!state_of(*this)->recording) {
+    e->stream = state_of(*this);
+    e->recorded++;
+  }
+  state_of(*this)->add([e, number = e->recorded] {
+    e->reached = number;
+    e->time = std::chrono::steady_clock::now();
+  });
+}
+
+void Stream::wait_for(const Event& event) {
+  const std::shared_ptr<EventState>& e = state_of(event);
+  state_of(*this)->add([e, stream = e->stream, number = e->recorded] {
+    while (e->reached < number && stream && !stream->work.empty()) stream->do_next();
+  });
+}
+
+void Stream::run(const Graph& graph) {
+  const GraphState work = *static_cast<GraphState*>(graph.handle());
+  state_of(*this)->add([work] {
+    for (const Work& item : *work) item();
+  });
+}
+
+void Stream::wait() {
+  if (state_of(*this)->recording)
+    throw Error(kPyllamaCudaBadArgument, "a stream that is recording cannot be waited for");
+  state_of(*this)->finish();
+}
+
+void Stream::begin_recording() {
+  if (state_of(*this)->recording) throw Error(kPyllamaCudaBadArgument, "the stream is recording already");
+  state_of(*this)->recording = std::make_unique<std::vector<Work>>();
+}
+
+Graph Stream::end_recording() {
+  if (!state_of(*this)->recording) throw Error(kPyllamaCudaBadArgument, "the stream is not recording");
+  const std::unique_ptr<std::vector<Work>> work = std::move(state_of(*this)->recording);
+  return Graph(new GraphState(std::make_shared<std::vector<Work>>(std::move(*work))));
+}
+
+}  // namespace pyllama::cuda
