@@ -15,6 +15,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -278,12 +279,21 @@ struct PyModel {
   std::atomic<bool> hurried{false};  // a call of several steps is to end after the one it is in
 };
 
-std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& weights, int threads,
-                                       const std::string& isa, int max_batch_tok, const std::string& kv_dtype) {
-  check<std::invalid_argument>(threads >= 0 && threads <= 1024, "threads is ", threads,
-                               ", expected 0 (automatic) to 1024");
-  check<std::invalid_argument>(max_batch_tok >= 1 && max_batch_tok <= 65536, "max_batch_tok is ", max_batch_tok,
-                               ", expected 1…65536");
+// A Python integer of any size as one of ours.
+int integer_within(const char* name, const py::object& value, int low, int high, const char* expected) {
+  const py::object index = owned(PyNumber_Index(value.ptr()));
+  int overflow = 0;
+  const long long found = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  check<std::invalid_argument>(overflow == 0 && found >= low && found <= high, name, " is ",
+                               std::string(py::str(value)), ", expected ", expected);
+  return static_cast<int>(found);
+}
+
+std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& weights, const py::object& n_threads,
+                                       const std::string& isa, const py::object& batch_tok,
+                                       const std::string& kv_dtype) {
+  const int threads = integer_within("threads", n_threads, 0, 1024, "0 (automatic) to 1024");
+  const int max_batch_tok = integer_within("max_batch_tok", batch_tok, 1, 65536, "1…65536");
   auto self = std::make_unique<PyModel>();
   self->threads = threads > 0 ? threads : default_threads();
   self->isa = choose_isa(isa);
@@ -552,6 +562,8 @@ void translate(std::exception_ptr pointer) {
     set_python_error("pyllama.common.errors", "ContextLengthError", error);
   } catch (const DeviceError& error) {
     set_python_error("pyllama.common.errors", "DeviceError", error);
+  } catch (const std::system_error& error) {
+    set_python_error("builtins", "OSError", error);
   }
 }
 

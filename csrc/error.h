@@ -1,6 +1,7 @@
 // Errors of the C++ side. Everything throws; nothing aborts. The bindings turn FormatError into
 // pyllama.ModelFormatError, ContextError into pyllama.ContextLengthError, DeviceError into pyllama.DeviceError,
-// Interrupted into whatever Python exception is pending, std::invalid_argument into ValueError.
+// Interrupted into whatever Python exception is pending, std::invalid_argument into ValueError, std::system_error into
+// OSError.
 #pragma once
 
 #include <sstream>

@@ -5,6 +5,7 @@ back to the system. Results are test_engine.py's.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pyllama.native import load_native
 
 from .helpers_models import QUANTIZED, Kind, Shape, all_logits, random_tokens, small_model
 
+ROOT = Path(__file__).resolve().parent.parent
 STATM = Path("/proc/self/statm")
 
 
@@ -85,3 +87,21 @@ def test_room_for_many_tokens_costs_no_memory_before_it_is_used() -> None:
     few = all_logits(roomy, random_tokens(model, 3))
     assert resident_bytes() - before < 250e6
     assert np.array_equal(few, all_logits(model.model(max_batch_tok=64, threads=1), random_tokens(model, 3)))
+
+
+def test_threads_that_the_system_does_not_give_are_an_error_that_says_so() -> None:
+    code = """
+import resource
+from pyllama.native import load_native
+load_native()
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+from tests.helpers_models import small_model
+try:
+    small_model().model(threads=1024)
+except OSError as error:
+    print(error)
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("a limit of address space stops threads on Linux")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("threads is 1024, only "), done.stderr

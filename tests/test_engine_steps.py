@@ -289,6 +289,10 @@ def test_the_isa_and_the_threads_that_are_not_there(plain: SmallModel) -> None:
         plain.model(kv_dtype="q4")
     with pytest.raises(ValueError, match="threads is -1"):
         plain.model(threads=-1)
+    with pytest.raises(ValueError, match=r"threads is 10{30}, expected 0 .automatic. to 1024"):
+        plain.model(threads=10**30)
+    with pytest.raises(TypeError, match="float"):
+        plain.model(threads=1.5)
     with pytest.raises(ValueError, match="max_batch_tok is 0"):
         plain.model(max_batch_tok=0)
     assert plain.model(threads=0).threads == _C.default_threads() >= 1

@@ -1,7 +1,9 @@
 #include "thread_pool.h"
 
 #include <algorithm>
+#include <system_error>
 
+#include "../error.h"
 #include "os.h"
 
 namespace pyllama {
@@ -14,15 +16,19 @@ constexpr int kPatience = 2000, kLinger = 4000;
 ThreadPool::ThreadPool(int threads) {
   try {
     for (int t = 1; t < threads; t++) workers_.emplace_back([this, t] { work(t); });
-  } catch (...) {  // no more threads to be had: those that exist must not outlive us
-    stop_ = true;
-    wake();
-    for (auto& w : workers_) w.join();
+  } catch (const std::system_error& error) {
+    join();
+    throw std::system_error(error.code(),
+                            message("threads is ", threads, ", only ", workers_.size() + 1, " could start"));
+  } catch (...) {
+    join();
     throw;
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { join(); }
+
+void ThreadPool::join() {
   stop_ = true;
   wake();
   for (auto& w : workers_) w.join();

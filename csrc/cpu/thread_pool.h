@@ -15,7 +15,8 @@ namespace pyllama {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // the caller's own thread is one of them
+  // The caller's own thread is one of them. Throws std::system_error when the system gives no more.
+  explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -51,6 +52,7 @@ class ThreadPool {
   }
   void run_erased(int n_tasks, int grain, Call call, const void* body);
   void work(int thread);
+  void join();  // ends all workers
   void take_tasks(int thread);
 
   std::vector<std::thread> workers_;
