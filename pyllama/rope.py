@@ -7,6 +7,7 @@ Computed in float64 and rounded once. Rotating is the backend's work.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +36,9 @@ def inv_freq(config: Mapping[str, Any]) -> tuple[NDArray[np.float32], float]:
     kind = scaling.get("rope_type", scaling.get("type"))
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ModelFormatError(f"rope_scaling: {kind!r} is not supported, expected one of {' '.join(_SCALINGS)}")
-    scaled, factor = _SCALINGS[kind](plain, scaling, config)
-    return scaled.astype(np.float32), factor
+    with np.errstate(over="ignore"):  # the engine refuses what is not finite
+        scaled, factor = _SCALINGS[kind](plain, scaling, config)
+        return scaled.astype(np.float32), factor
 
 
 def _number(
@@ -45,7 +47,7 @@ def _number(
     value = scaling.get(key)
     if value is None and default is not None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ModelFormatError(f"{where}: {key} is {value!r}, expected a positive number")
     return float(value)
 

@@ -53,7 +53,10 @@ def _number(name: str, value: object, low: float, high: float, expected: str, *,
     # numpy's scalars are numbers too; bool is an int by inheritance only
     if isinstance(value, bool) or not isinstance(value, SupportsFloat):
         _fail(name, value, expected)
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):  # an array of several, an integer beyond all floats
+        _fail(name, value, expected)
     if not low <= number <= high or (above_low and number == low) or not math.isfinite(number):
         _fail(name, value, expected)
     return number
@@ -62,7 +65,10 @@ def _number(name: str, value: object, low: float, high: float, expected: str, *,
 def _integer(name: str, value: object, low: int, high: int, expected: str) -> int:
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         _fail(name, value, expected)
-    number = value.__index__()
+    try:
+        number = value.__index__()
+    except TypeError:  # an array
+        _fail(name, value, expected)
     if not low <= number <= high:
         _fail(name, value, expected)
     return number
