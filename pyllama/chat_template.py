@@ -89,7 +89,10 @@ class ChatTemplate:
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
         } | variables
-        values |= {"messages": _copied(list(messages)), "add_generation_prompt": add_generation_prompt}
+        try:
+            values |= {"messages": _copied(list(messages)), "add_generation_prompt": add_generation_prompt}
+        except RecursionError:
+            raise ValueError("messages: too deeply nested, or with a list or dict that holds itself") from None
         size, n_chars = _measure(values)
         max_text = MAX_OUTPUT_CHARS + OUTPUT_PER_INPUT * n_chars
         return self._run(values, Account(MAX_STEPS + STEPS_PER_INPUT * size + n_chars, max_text, MAX_SECONDS))

@@ -203,7 +203,9 @@ class LLM:
         return Session(self)
 
     def _template(self, messages: Sequence[Message]) -> Any:
-        _check_messages(messages)
+        from .chat_template import check_messages
+
+        check_messages(messages)
         if self._chat_template is None:
             raise PyllamaError(f"{self.path}: the model has no chat template; use generate() with a prompt of your own")
         return self._chat_template
@@ -431,18 +433,10 @@ def _cache_tok(enabled: bool, n_tok: int | None) -> int | None:
     return n_tok if enabled else 0
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError('messages: expected a list such as [{"role": "user", "content": "Hi"}] that is not empty')
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ValueError(f'messages[{i}]: expected {{"role": …, "content": …}}, found {message!r}')
-
-
 def _is_one_prompt(prompts: Any) -> bool:
     if isinstance(prompts, str):
         return True
-    if isinstance(prompts, np.ndarray):
+    if isinstance(prompts, np.ndarray) and prompts.ndim:
         return prompts.ndim == 1
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise ValueError(f"prompts: expected text, token ids, or a list of those, found {type(prompts).__name__}")

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from .common.errors import PyllamaError
 from .common.formats import FORMATS, VERSION, TensorSpec
 from .common.model_folder import ModelFolder, is_model_folder, read_model_folder
-from .common.reader import read_json
+from .common.reader import parse_json, read_json
 from .demo import demo_source
 from .native import load_native
 from .rope import inv_freq
@@ -91,7 +91,9 @@ def _find(path: str | os.PathLike[str]) -> Path:
     name = os.fspath(path)
     if not name:
         raise ValueError("the model's path is empty")
-    source = demo_source() if name == DEMO else Path(name).expanduser()
+    source = demo_source() if name == DEMO else Path(name)
+    with suppress(RuntimeError):  # "~nobody": a name like any other
+        source = source.expanduser()
     if not source.exists():
         raise FileNotFoundError(_not_found(name))
     return source
@@ -181,7 +183,10 @@ def describe_model(path: str | os.PathLike[str]) -> Description:
     opened = open_source(source)
     plan = make_plan(opened)
     made = opened.tokenizer_files()
-    has_template = "chat_template.jinja" in made or b'"chat_template"' in made.get("tokenizer_config.json", b"")
+    where = f"{source}: tokenizer_config.json"
+    has_template = "chat_template.jinja" in made or bool(
+        parse_json(made.get("tokenizer_config.json", b"{}"), where).get("chat_template")
+    )
     specs = tuple(item.spec for item in plan.tensors)
     return Description(source, True, plan.config(), specs, tuple(sorted(made)), has_template)
 

@@ -181,6 +181,10 @@ def test_broken_sources(files: dict[str, Any], message: str, tmp_path: Path) -> 
         ChatTemplate.from_folder(write_folder(tmp_path, files))
 
 
+CIRCLE: list[Any] = []
+CIRCLE.append(CIRCLE)
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -194,6 +198,7 @@ def test_broken_sources(files: dict[str, Any], message: str, tmp_path: Path) -> 
         ([{"role": "user"}], "content must be a string, got NoneType"),
         ([{"role": "user", "content": ["x"]}], "content must be a string, got list"),
         ([{"role": "user", "content": "\udcff"}], r"lone surrogate U\+DCFF"),
+        ([{"role": "user", "content": "x", "more": CIRCLE}], "messages: too deeply nested, or with a list"),
     ],
 )
 def test_malformed_messages(messages: Any, message: str) -> None:

@@ -265,6 +265,7 @@ def test_too_long_a_prompt_says_the_numbers() -> None:
         ([[]], "the prompt is empty"),
         ([["a"]], "'a' is not a token id"),
         (np.array([1.0, 2.0]), "expected one row of integers"),
+        (np.array(5), "expected text, token ids, or a list of those, found ndarray"),
     ],
     ids=str,
 )

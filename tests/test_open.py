@@ -20,7 +20,7 @@ from pyllama import LLM, ModelFormatError, PyllamaError
 from pyllama.common.model_folder import expected_tensors, is_optional
 from pyllama.demo import demo_source
 from pyllama.native import load_native
-from pyllama.open import cache_folder, load_folder, locate, open_model
+from pyllama.open import cache_folder, describe_model, load_folder, locate, open_model
 from pyllama.synthetic import SHAPES, synthetic_config, synthetic_model, synthetic_specs, synthetic_weights
 from quantize import convert
 from tests import make_sources as make
@@ -152,6 +152,7 @@ def test_a_cache_that_cannot_be_made_says_what_to_do(
     [
         ("no/such/model.gguf", "no such file or folder; expected a model folder, a .gguf file"),
         ("nowhere", "no such file or folder; expected"),
+        ("~nobody-of-this-name/model", "~nobody-of-this-name/model: no such file or folder; expected"),
         ("meta-llama/Llama-3.2-1B", "it looks like a hub's name, but models are opened from local files only"),
     ],
 )
@@ -317,3 +318,10 @@ def test_opened_model_has_what_it_promises(gguf: Path) -> None:
     native = opened.native_config(77)
     assert native["max_seq_len"] == 77 and native["rope_inv_freq"].dtype == np.float32
     assert opened.generation_config == {} and opened.path == locate(gguf)
+
+
+@pytest.mark.parametrize(("template", "has"), [("null", False), ('"{{ messages }}"', True)])
+def test_a_description_knows_whether_there_is_a_template(template: str, has: bool, tmp_path: Path) -> None:
+    source = make.write_hf_folder(tmp_path / "hf", make.Shape(), make.random_weights(make.Shape()))
+    (source / "tokenizer_config.json").write_text(f'{{"chat_template": {template}}}')
+    assert describe_model(source).has_chat_template is has
