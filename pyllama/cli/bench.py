@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .options import UsageError, add_kv_dtype, positive
+from .options import UsageError, add_kv_dtype, integer, positive
 from .terminal import json_text, safe
 
 _PROBE_S = 0.4  # seconds of each measurement of the machine
 _N_CTX = 8192
-_PAGE_TOK = 64  # tokens of a page of the cache
 
 
 def add_parser(commands: Any) -> None:
@@ -55,10 +54,7 @@ def add_parser(commands: Any) -> None:
 
 def counts(text: str) -> list[int]:
     """Comma-separated integers, 0 or more."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
-    return values
+    return [integer(part, 0) for part in text.split(",")]
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,11 @@ class Test:
     n_prompt: int
     n_gen: int
     n_depth: int
+
+    @property
+    def n_tok(self) -> int:
+        """Tokens that the context must hold."""
+        return self.n_depth + max(self.n_prompt, self.n_gen)
 
     @property
     def name(self) -> str:
@@ -82,6 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not tests:
         raise UsageError("nothing to measure: both -p and -n are 0")
     opened, label = _open(arguments)
+    longest = int(opened.config["max_seq_len"])
+    for test in tests:  # before any of them takes its time
+        if test.n_tok > longest:
+            raise ValueError(f"{test.name} needs a context of {test.n_tok} tokens, the model has {longest}")
     records = []
     for threads in arguments.threads:
         bench = Bench(opened, label, threads, arguments.batch_size, arguments.parallel, arguments.kv_dtype)
@@ -98,20 +103,23 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, str]:
     from ..synthetic import SHAPES, synthetic_model
 
     if arguments.synthetic is None:
-        if arguments.format or arguments.group_size:
+        if arguments.format or arguments.group_size is not None:
             raise UsageError("--format and --group-size go with --synthetic; a model file has its own")
         opened = open_model(arguments.model or "demo")
         return opened, (opened.config.get("source") or {}).get("name") or opened.path.name
     if arguments.model is not None:
         raise UsageError("name a MODEL or give --synthetic, not both")
-    format, group = arguments.format or "q4", arguments.group_size or 32
-    if group not in (32, 64, 128):
-        raise UsageError(f"--group-size {group}: expected 32, 64 or 128")
+    format = arguments.format or "q4"
     if arguments.synthetic not in SHAPES or format not in FORMATS:
         raise UsageError(f"--synthetic takes {' '.join(SHAPES)}, --format {' '.join(FORMATS)}")
+    group = 32 if arguments.group_size is None else arguments.group_size
+    if group not in (32, 64, 128):
+        raise UsageError(f"--group-size {group}: expected 32, 64 or 128")
+    if not FORMATS[format].quantized and arguments.group_size is not None:
+        raise UsageError(f"--group-size goes with quantized formats, {format} has no groups")
     print(f"making a random {arguments.synthetic} model in {format} …", file=sys.stderr, flush=True)
     opened = synthetic_model(arguments.synthetic, format, group, max_seq_len=_N_CTX)
-    return opened, f"{arguments.synthetic} {format} g{group}"
+    return opened, f"{arguments.synthetic} {format}" + (f" g{group}" if FORMATS[format].quantized else "")
 
 
 class Bench:
@@ -126,8 +134,7 @@ class Bench:
         self._step_bytes = opened.step_bytes
         self._label = label
         self._parallel = parallel
-        self._n_ctx = int(opened.config["max_seq_len"])
-        config = opened.native_config(self._n_ctx)
+        config = opened.native_config(int(opened.config["max_seq_len"]))
         rows = max(n_batch, parallel)
         self._model = self._native.Model(config, opened.weights, threads=threads, max_batch_tok=rows, kv_dtype=kv_dtype)
         self._n_batch = n_batch
@@ -139,10 +146,7 @@ class Bench:
         }
 
     def measure(self, test: Test, repetitions: int, profile: bool = False) -> dict[str, Any]:
-        """One record, after one run to warm up. Raises ValueError when the test does not fit in the context."""
-        n_tok = test.n_depth + max(test.n_prompt, test.n_gen)
-        if n_tok > self._n_ctx:
-            raise ValueError(f"{test.name} needs a context of {n_tok} tokens, the model has {self._n_ctx}")
+        """One record, after one run to warm up. The test must fit in the context."""
         with self._sequences(test) as sequences:
             samples = [self._run(sequences, test) for _ in range(repetitions + 1)][1:]
             time_shares = {"time_shares": self._time_shares(sequences, test)} if profile else {}
@@ -224,7 +228,7 @@ class Bench:
         n_steps = -(-n // self._n_batch) if test.n_prompt else n
         # Attention of a step reads what was cached before it, and its own tokens.
         cached = sum(test.n_depth + n * (step + 1) / n_steps for step in range(n_steps))
-        cache_bytes = self._n_sequences(test) * cached * self._model.page_bytes / _PAGE_TOK
+        cache_bytes = self._n_sequences(test) * cached * self._model.page_bytes / self._model.PAGE_TOK
         n_bytes = n_steps * self._step_bytes + cache_bytes
         found = {"gb_per_s": runs_per_s * n_bytes / 1e9}
         found["bandwidth_share"] = found["gb_per_s"] / self._floors["read_gb_per_s"]

@@ -153,14 +153,14 @@ def _command(conversation: Conversation, screen: Screen, text: str) -> bool:
     """Carries out a /command; False to leave."""
     from ..common.errors import PyllamaError
 
-    name, _, rest = text.partition(" ")
+    name, *rest = text.split(maxsplit=1)
     if name in ("/exit", "/quit"):
         return False
     if name == "/clear":
         conversation.clear()
         screen.note("forgotten")
     elif name == "/system":
-        system = rest.strip() or None
+        system = rest[0] if rest else None
         try:
             check_system(conversation.llm, system)
         except (PyllamaError, ValueError) as error:

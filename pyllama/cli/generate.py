@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .options import add_model, add_sampling, open_llm, sampling_options
+from .options import UsageError, add_model, add_sampling, open_llm, sampling_options
 from .terminal import json_text, safe
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = sampling_options(arguments)
+    if arguments.logprobs is not None and not arguments.json:
+        raise UsageError("--logprobs goes with --json, which alone shows them")
+    options = sampling_options(arguments, "logprobs")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     with open_llm(arguments) as llm:
         if arguments.json:
-            output = llm.generate(prompt, logprobs=arguments.logprobs, **options)
+            output = llm.generate(prompt, **options)
             print(json_text(output_record(output)))
             return 0
         to_people = sys.stdout.isatty()  # a file or a pipe gets the text as it is

@@ -58,17 +58,28 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return integer(text, 1)
+
+
+def integer(text: str, least: int) -> int:
+    """An integer that the engine can take, or argparse's error."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}, below 2**31")
     return value
 
 
-def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given on the command line, as keyword arguments of SamplingParams; checked before a model is opened."""
+def sampling_options(arguments: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """What was given on the command line, as keyword arguments of SamplingParams; checked before a model is opened.
+
+    `more`: fields that only this command has.
+    """
     from ..sampling import ParameterError, SamplingParams
 
-    names = [name for name, *_ in _SAMPLING] + ["stop"]
+    names = [name for name, *_ in _SAMPLING] + ["stop", *more]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.ignore_eos:
         given["ignore_eos"] = True

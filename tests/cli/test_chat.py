@@ -38,14 +38,14 @@ def test_lines_from_a_pipe(demo_model: Path, capsys: Captured, monkeypatch: pyte
     questions = (
         "What is the \\\ncapital of Germany?\n\nTell me more.\n/stats\n/sing\n/system Talk like a cat.\n/stats\n"
     )
-    questions += "/clear\n/help\n"
+    questions += "/clear\n/help\n/system\\\nTalk like a dog.\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(questions))
     assert main(["chat", str(demo_model), "--max-tokens", "24", "--system", "You are helpful.", *FAST]) == 0
     said = capsys.readouterr()
     assert "Berlin" in said.out.splitlines()[0] and len(said.out.splitlines()) >= 2
     assert said.err.count("tok/s]") == 2
     assert "context: " in said.err and "unknown command /sing" in said.err and "forgotten" in said.err
-    assert "system prompt set" in said.err and "/clear        forget" in said.err
+    assert said.err.count("system prompt set") == 2 and "/clear        forget" in said.err
     assert "tok/s" not in said.out and ">" not in said.out
 
 

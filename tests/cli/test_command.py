@@ -37,17 +37,24 @@ def test_version_and_help(capsys: Captured) -> None:
         ["generate"],
         ["generate", "a", "b", "-p", "x"],
         ["generate", "-p", "x", "--threads", "0"],
+        ["generate", "-p", "x", "--threads", "99999999999"],
+        ["generate", "-p", "x", "--logprobs", "2"],
+        ["generate", "-p", "x", "--logprobs", "-1", "--json"],
         ["generate", "-p", "x", "--top-p", "7"],
         ["generate", "-p", "x", "--temperature", "nan"],
         ["chat", "--device", "tpu"],
         ["chat", "--speculative", "magic"],
         ["chat", "--speculative", "lookup", "--draft", "demo"],
         ["bench", "-p", "-1"],
+        ["bench", "-p", "1,"],
+        ["bench", "-b", "99999999999"],
         ["bench", "-p", "0", "-n", "0"],
         ["bench", "--format", "q4"],
         ["bench", "demo", "--synthetic", "1b"],
         ["bench", "--synthetic", "3b"],
         ["bench", "--synthetic", "1b", "--group-size", "48"],
+        ["bench", "--synthetic", "tiny", "--group-size", "0"],
+        ["bench", "--synthetic", "tiny", "--format", "f16", "--group-size", "64"],
     ],
     ids=" ".join,
 )
@@ -55,6 +62,11 @@ def test_wrong_usage_is_2(argv: list[str], capsys: Captured) -> None:
     assert main(argv) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err
+
+
+def test_a_number_that_is_none_says_what_is_expected(capsys: Captured) -> None:
+    assert main(["bench", "-t", "two"]) == 2
+    assert "-t/--threads: 'two': expected an integer of at least 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["info"], ["chat", "-p", "x"], ["generate", "-p", "x"], ["bench"]], ids=" ".join)

@@ -77,8 +77,10 @@ def test_bench_table_of_a_file(gguf: Path, capsys: Captured) -> None:
     assert title.endswith("| attention | head | products | rest |")
     assert title.count("|") == line.count("|") == row.count("|")
     assert sum(int(share) for share in re.findall(r"(\d+) % \|", row)) == pytest.approx(100, abs=2)
-    assert main(["bench", str(gguf), "-p", "1000"]) == 1
-    assert "needs a context of 1000 tokens, the model has 128" in capsys.readouterr().err
+    assert main(["bench", str(gguf), "-p", "8,1000"]) == 1  # before it has measured anything
+    assert capsys.readouterr().err == "pyllama: pp1000 needs a context of 1000 tokens, the model has 128\n"
+    assert main(["bench", "--synthetic", "tiny", "--format", "f16", "-p", "8", "-n", "0", "-r", "1", "-t", "1"]) == 0
+    assert "| tiny f16 | " in capsys.readouterr().out  # no groups
 
 
 def test_info(demo_model: Path, gguf: Path, capsys: Captured) -> None:
