@@ -33,6 +33,7 @@ class Emulated:
     """The loaded library. Every failure of it is an EmulationError with its message."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.library = ctypes.CDLL(str(path))
         self.library.pyllama_test_error.restype = ctypes.c_char_p
 
@@ -91,7 +92,7 @@ def compile_emulated(folder: Path) -> Path:
     cuda = ROOT / "csrc" / "cuda"
     sources = [*cuda.glob("emulation/*.cpp"), *cuda.glob("*.cpp"), *Path(__file__).parent.glob("*.cpp")]
     sources += [p for p in cuda.glob("*.cu") if p.name != "runtime_cuda.cu"]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fvisibility=hidden"]
     flags += ["-DPYLLAMA_CUDA_EMULATION", f"-I{ROOT / 'csrc'}"]
     objects = [folder / f"{p.parent.name}-{p.name}.o" for p in sources]
 

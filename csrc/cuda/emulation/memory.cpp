@@ -82,7 +82,8 @@ std::string outside(const void* p, size_t bytes) {
 
 void* allocate(size_t bytes, const char* name) {
   Memories& all = memories();
-  void* whole = ::operator new(bytes + 2 * kGuardBytes, std::align_val_t{kGuardBytes}, std::nothrow);
+  const bool fits = bytes <= kMemoryBytes && allocated_bytes() <= kMemoryBytes - bytes;
+  void* whole = fits ? ::operator new(bytes + 2 * kGuardBytes, std::align_val_t{kGuardBytes}, std::nothrow) : nullptr;
   if (!whole) {
     throw Error(kPyllamaCudaOutOfMemory,
                 "out of emulated device memory: " + std::to_string(bytes) + " bytes for " + name);

@@ -7,6 +7,9 @@
 
 namespace pyllama::cuda::emulation {
 
+// What the device has. Asking for more is an error as on a device, whatever the host has.
+constexpr size_t kMemoryBytes = size_t{8} << 30;
+
 void* allocate(size_t bytes, const char* name);
 void release(void* data) noexcept;
 size_t allocated_bytes();

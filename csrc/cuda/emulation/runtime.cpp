@@ -62,10 +62,6 @@ std::shared_ptr<StreamState>& state_of(const Stream& s) {
 }
 std::shared_ptr<EventState>& state_of(const Event& e) { return *static_cast<std::shared_ptr<EventState>*>(e.handle()); }
 
-void check_copy(const void* device, size_t bytes, const char* what) {
-  emulation::check_device_range(device, bytes, what);
-}
-
 }  // namespace
 
 bool emulated() { return true; }
@@ -76,16 +72,8 @@ int device_count() { return 1; }
 // The shared memory is the least of what sm_80 and later offer; a kernel made for sm_75 must ask for 64 KiB at most.
 DeviceProperties properties(int device) {
   use_device(device);
-  constexpr size_t kMemoryBytes = size_t{8} << 30;
   const size_t used = emulation::allocated_bytes();
-  return {"emulated device",
-          8,
-          0,
-          4,
-          1 << 20,
-          99 << 10,
-          kMemoryBytes,
-          kMemoryBytes - (used < kMemoryBytes ? used : kMemoryBytes)};
+  return {"emulated device", 8, 0, 4, 1 << 20, 99 << 10, emulation::kMemoryBytes, emulation::kMemoryBytes - used};
 }
 
 void use_device(int device) {
@@ -114,33 +102,33 @@ Stream::Stream() : handle_(new std::shared_ptr<StreamState>(std::make_shared<Str
 Stream::~Stream() { delete &state_of(*this); }
 
 void Stream::copy_to_device(void* device, const void* host, size_t bytes) {
-  check_copy(device, bytes, "copy_to_device");
+  emulation::check_device_range(device, bytes, "copy_to_device");
   state_of(*this)->add([=] {
-    check_copy(device, bytes, "copy_to_device");  // nobody has freed it meanwhile
+    emulation::check_device_range(device, bytes, "copy_to_device");  // nobody has freed it meanwhile
     memcpy(device, host, bytes);
   });
 }
 
 void Stream::copy_to_host(void* host, const void* device, size_t bytes) {
-  check_copy(device, bytes, "copy_to_host");
+  emulation::check_device_range(device, bytes, "copy_to_host");
   if (!state_of(*this)->recording) memset(host, emulation::kPoison, bytes);
   state_of(*this)->add([=] {
-    check_copy(device, bytes, "copy_to_host");
+    emulation::check_device_range(device, bytes, "copy_to_host");
     memcpy(host, device, bytes);
   });
 }
 
 void Stream::copy_on_device(void* to, const void* from, size_t bytes) {
   state_of(*this)->add([=] {
-    check_copy(to, bytes, "copy_on_device");
-    check_copy(from, bytes, "copy_on_device");
+    emulation::check_device_range(to, bytes, "copy_on_device");
+    emulation::check_device_range(from, bytes, "copy_on_device");
     memmove(to, from, bytes);
   });
 }
 
 void Stream::fill(void* device, unsigned char value, size_t bytes) {
   state_of(*this)->add([=] {
-    check_copy(device, bytes, "fill");
+    emulation::check_device_range(device, bytes, "fill");
     memset(device, value, bytes);
   });
 }

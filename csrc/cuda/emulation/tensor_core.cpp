@@ -24,25 +24,26 @@ float as_bfloat16(uint32_t bits) { return bfloat16_to_float({static_cast<uint16_
 //   column 2t + (i odd)
 template <float (*kToFloat)(uint32_t)>
 void complete_mma(void* const* operands) {
-  float a[16][16], b[16][8];
-  for (unsigned lane = 0; lane < kWarpSize; lane++) {
-    const Mma& m = *static_cast<const Mma*>(operands[lane]);
-    const unsigned g = lane / 4, t = lane % 4;
+  double a[16][16], b[16][8], c[16][8];
+  const auto each_lane = [&](const auto& body) {
+    for (unsigned lane = 0; lane < kWarpSize; lane++)
+      body(*static_cast<const Mma*>(operands[lane]), lane / 4, lane % 4);
+  };
+  each_lane([&](const Mma& m, unsigned g, unsigned t) {
     for (unsigned h = 0; h < 2; h++) {
       for (unsigned i = 0; i < 4; i++) a[g + 8 * (i % 2)][2 * t + h + 8 * (i / 2)] = kToFloat(m.a[i] >> (16 * h));
       for (unsigned i = 0; i < 2; i++) b[2 * t + h + 8 * i][g] = kToFloat(m.b[i] >> (16 * h));
     }
-  }
-  for (unsigned lane = 0; lane < kWarpSize; lane++) {
-    const Mma& m = *static_cast<const Mma*>(operands[lane]);
-    const unsigned g = lane / 4, t = lane % 4;
-    for (unsigned i = 0; i < 4; i++) {
-      const unsigned row = g + 8 * (i / 2), column = 2 * t + i % 2;
-      double sum = m.c[i];
-      for (unsigned k = 0; k < 16; k++) sum += double{a[row][k]} * b[k][column];
-      m.c[i] = static_cast<float>(sum);
+    for (unsigned i = 0; i < 4; i++) c[g + 8 * (i / 2)][2 * t + i % 2] = m.c[i];
+  });
+  for (unsigned row = 0; row < 16; row++) {
+    for (unsigned k = 0; k < 16; k++) {
+      for (unsigned column = 0; column < 8; column++) c[row][column] += a[row][k] * b[k][column];
     }
   }
+  each_lane([&](const Mma& m, unsigned g, unsigned t) {
+    for (unsigned i = 0; i < 4; i++) m.c[i] = static_cast<float>(c[g + 8 * (i / 2)][2 * t + i % 2]);
+  });
 }
 
 struct Load {
