@@ -71,7 +71,7 @@ test-qemu: dev  ## kernels and forward pass on an emulated processor without AVX
 	VENV=$(VENV) scripts/test_qemu.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS))
 
 test-arm: dev  ## the same on an emulated 64-bit ARM processor, cross-compiled
-	VENV=$(VENV) scripts/test_arm.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS))
+	VENV=$(VENV) scripts/test_arm.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS) tests/cuda)
 
 asan: $(VENV)/.pyllama-dev  ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	VENV=$(VENV) scripts/asan.sh $(PYTEST_ARGS)

@@ -64,8 +64,8 @@ def test_the_last_block_sees_what_all_have_added(emulated: Emulated) -> None:
 
 def interesting_floats() -> np.ndarray:
     """65,536 floats: every half and its neighbours on both sides, midpoints between halves and theirs, random bits."""
-    halves = np.arange(0, 65536, 5, dtype=np.uint16).view(np.float16).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
+        halves = np.arange(0, 65536, 5, dtype=np.uint16).view(np.float16).astype(np.float32)
         following = np.nextafter(halves.astype(np.float16), np.float16(np.inf)).astype(np.float32)
         middles = ((halves.astype(np.float64) + following) / 2).astype(np.float32)
         near = [np.nextafter(x, np.float32(s)) for x in (halves, middles) for s in (-np.inf, np.inf)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.cuda.conftest import ROOT, Emulated, EmulationError
+from tests.cuda.conftest import Emulated, EmulationError
 
 
 def test_a_graph_runs_again_with_what_it_recorded(emulated: Emulated) -> None:
@@ -54,23 +53,22 @@ def test_a_careless_host_is_told(emulated: Emulated, which: str, message: str) -
 
 
 @pytest.mark.parametrize("order", ["descending", "random:5", "sideways"])
-def test_the_order_of_a_whole_run(emulated: Emulated, order: str) -> None:
+def test_the_order_of_a_whole_run(
+    emulated: Emulated, order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """blocks_in_order: each of eight blocks writes 1 + what the one before it wrote, 1 if that is yet to come."""
-    code = f"""
-import numpy as np
-from pathlib import Path
-from tests.cuda.conftest import Emulated
-print(Emulated(Path({str(emulated.path)!r})).run("blocks_in_order", np.zeros(1, np.uint32), 8, grid=(8, 1, 1)))
-"""
-    environment = os.environ | {"PYLLAMA_CUDA_ORDER": order}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    def run(library: Emulated) -> list[int]:
+        return library.run("blocks_in_order", np.zeros(1, np.uint32), 8, grid=(8, 1, 1)).tolist()
+
+    monkeypatch.setenv("PYLLAMA_CUDA_ORDER", order)
+    fresh = Emulated(Path(shutil.copy(emulated.path, tmp_path)))  # has not looked at the environment yet
     if order == "sideways":
-        assert 'thread order "sideways"; expected ascending' in done.stderr
+        with pytest.raises(EmulationError, match='thread order "sideways"; expected ascending'):
+            run(fresh)
         return
     try:
         emulated.call("set_order", order)
-        here = emulated.run("blocks_in_order", np.zeros(1, np.uint32), 8, grid=(8, 1, 1))
+        assert run(fresh) == run(emulated) != [1, 2, 3, 4, 5, 6, 7, 8]
     finally:
         emulated.call("set_order", "ascending")
-    assert done.stdout.strip() == str(here)
-    assert str(here) != "[1 2 3 4 5 6 7 8]"
