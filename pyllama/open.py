@@ -197,7 +197,10 @@ def describe_model(path: str | os.PathLike[str]) -> Description:
 def cache_folder() -> Path:
     """Where converted models are kept: $XDG_CACHE_HOME/pyllama, by default ~/.cache/pyllama."""
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "pyllama"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "pyllama"
+    except RuntimeError:
+        raise PyllamaError("there is no home folder for converted models; set XDG_CACHE_HOME") from None
 
 
 def _converted(source: Path, format: str | None) -> Path:

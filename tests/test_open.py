@@ -17,6 +17,7 @@ import pytest
 
 import pyllama
 from pyllama import LLM, ModelFormatError, PyllamaError
+from pyllama.cli.terminal import history_path
 from pyllama.common.model_folder import expected_tensors, is_optional
 from pyllama.demo import demo_source
 from pyllama.native import load_native
@@ -145,6 +146,20 @@ def test_a_cache_that_cannot_be_made_says_what_to_do(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "pyllama"
+
+
+def test_a_cache_without_a_home(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container for a user that it does not know."""
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(PyllamaError, match="no home folder for converted models; set XDG_CACHE_HOME"):
+        LLM(gguf)
+    assert history_path() is None
 
 
 @pytest.mark.parametrize(

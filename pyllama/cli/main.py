@@ -7,6 +7,7 @@ PYLLAMA_DEBUG=1 shows the traceback of an error. What a command does is in its o
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -47,10 +48,21 @@ def _version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    _mend_streams()
     try:
         return _run(build_parser().parse_args(argv))
     except SystemExit as leave:  # argparse: 0 after --help, 2 for wrong usage
         return leave.code if isinstance(leave.code, int) else 2
+
+
+def _mend_streams() -> None:
+    """What the caller has closed is empty and swallows everything; what an encoding cannot say is escaped, not an
+    error in the middle of a reply."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # open until the end
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -26,8 +26,10 @@ def safe(text: str) -> str:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON that is readable and has no control character in it: those are escaped, nothing is lost."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    """`value` as JSON for stdout, readable, in which control characters are escaped, and all that is not ASCII where
+    stdout is not UTF-8: nothing is lost."""
+    is_utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    text = json.dumps(value, ensure_ascii=not is_utf8, indent=indent)
     return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -116,12 +118,12 @@ def _keys() -> Any:
 
 def history_path() -> Path | None:
     """$XDG_STATE_HOME/pyllama/chat_history, its folder made; None where that cannot be."""
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    path = Path(home) / "pyllama" / "chat_history"
     try:
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        path = Path(home) / "pyllama" / "chat_history"
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: nobody has a home here
         return None
     return path
 

@@ -14,6 +14,7 @@ import pytest
 
 from pyllama import __version__
 from pyllama.cli.main import main
+from pyllama.open import locate
 
 from .conftest import FAST, PYTHON, ROOT, Captured
 
@@ -130,6 +131,25 @@ def test_a_reader_that_leaves_is_no_error_to_show(gguf: Path) -> None:
         errors = process.stderr.read().decode()
         assert process.wait(60) in (0, 1)  # 0: everything was in the pipe already
     assert "Traceback" not in errors and "BrokenPipe" not in errors and "Exception" not in errors
+
+
+@pytest.mark.parametrize(("ending", "code"), [("-p w3 >&-", 0), ("-p - <&-", 0), ("-p w3 --n-ctx 999 2>&-", 1)])
+def test_streams_that_are_closed_are_no_error(ending: str, code: int, gguf: Path) -> None:
+    command = " ".join([*PYTHON, "generate", str(gguf), "--max-tokens", "2", "--threads", "1", ending])
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "Error" not in done.stderr
+    assert bool(done.stdout) == ("<" in ending)  # not even an error, which has nowhere to go
+
+
+def test_what_stdout_cannot_say_is_escaped(gguf: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "caf\u00e9\udcff"
+    folder.symlink_to(locate(gguf))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    for extra, expected in (([], "caf\\xe9\\udcff"), (["--json"], "caf\\u00e9\\udcff")):
+        done = subprocess.run(
+            [*PYTHON, "info", str(folder), *extra], cwd=ROOT, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0 and expected in done.stdout
 
 
 def test_ctrl_c_is_130(demo_model: Path) -> None:
