@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/os.h"
 #include "error.h"
 #include "model/forward.h"
 #include "model/portable_math.h"
@@ -534,6 +535,16 @@ void bind_machine(py::module_& m) {
       },
       py::arg("threads"), py::arg("seconds"), py::arg("weights") = std::vector<const PyWeight*>(),
       "Streaming read of these weights where they lie, or of a buffer beyond the caches, GB/s.");
+  m.def(
+      "settle_in_huge_pages",
+      [](int fd, const py::array_t<uint8_t, py::array::c_style>& mapped, double seconds) {
+        const void* data = mapped.data();
+        const auto size_bytes = static_cast<size_t>(mapped.nbytes());
+        py::gil_scoped_release release;
+        return settle_in_huge_pages(fd, data, size_bytes, seconds);
+      },
+      py::arg("fd"), py::arg("mapped").noconvert(), py::arg("seconds"),
+      "Has a mapped file, as far as it is cached, cached in huge pages; returns how many blocks were brought.");
   m.def("int8_peak", &int8_peak, py::arg("threads"), py::arg("seconds"), py::arg("isa") = "",
         py::call_guard<py::gil_scoped_release>(), "int8 multiply-accumulates from registers, 1e9 operations/s.");
   m.def("build_info",

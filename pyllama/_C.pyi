@@ -97,6 +97,11 @@ def default_threads() -> int: ...
 def build_info() -> dict[str, str]: ...   # compiler, version
 def read_bandwidth(threads: int, seconds: float, weights: Seq[Weight] = ()) -> float:
     """GB/s of a streaming read of these weights where they lie, or of a buffer beyond the caches."""
+def settle_in_huge_pages(fd: int, mapped: NDArray[np.uint8], seconds: float) -> int:
+    """Has a file, mapped whole and as far as it is cached, cached in huge pages: small ones are dropped and read again.
+
+    Returns the number of blocks of 2 MB that were brought, 0 where the system cannot; stops after `seconds`.
+    """
 def int8_peak(threads: int, seconds: float, isa: str = "") -> float: ...   # 1e9 operations/s of isa's int8 dot products (amx: tiles); a multiply-add is two
 
 class cuda:

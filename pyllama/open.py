@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from .native import load_native
 from .rope import inv_freq
 
 DEMO = "demo"
+_SETTLE_S = 0.1  # at most, while a model is opened
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,12 @@ def load_folder(path: Path, *, mmap: bool = True) -> OpenedModel:
 
     folder = read_model_folder(path, use_mmap=mmap)
     tokenizer = Tokenizer.from_folder(path)
+    weights = _native_weights(folder)
+    _settle(folder)
     return OpenedModel(
         path=path,
         config=folder.config,
-        weights=_native_weights(folder),
+        weights=weights,
         tokenizer=tokenizer,
         chat_template=ChatTemplate.from_folder(path),
         generation_config=read_generation_config(path),
@@ -146,6 +150,19 @@ def native_weight(spec: Any, payload: Any) -> Any:
         codebook=list(spec.codebook),
         input_order=spec.input_order,
     )
+
+
+def _settle(folder: ModelFolder) -> None:
+    """Has the system keep the weights in huge pages, from which a token reads them faster (docs/KERNELS.md).
+
+    Copying a file, among others, leaves it in small ones. Reading again what is cached takes `_SETTLE_S` at most; what
+    is left by then waits for the next time.
+    """
+    end = time.monotonic() + _SETTLE_S
+    for file in {id(tensor.file): tensor.file.file for tensor in folder.tensors.values()}.values():
+        mapped = file.mapped()
+        if mapped is not None:
+            load_native().settle_in_huge_pages(*mapped, max(0.0, end - time.monotonic()))
 
 
 def _native_weights(folder: ModelFolder) -> dict[str, Any]:

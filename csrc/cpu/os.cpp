@@ -1,6 +1,7 @@
 // Linux calls that the CPU device needs; elsewhere the portable fallbacks at the end of each function.
 #include "os.h"
 
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,7 +12,9 @@
 #include <thread>
 
 #ifdef __linux__
+#include <fcntl.h>
 #include <sched.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -37,6 +40,51 @@ int cgroup_quota() {
   if (v1 >> q && v1_period >> period && q > 0 && period > 0) return static_cast<int>((q + period - 1) / period);
   return 0;
 }
+
+#ifdef __linux__
+// What older headers lack of linux/mman.h and linux/fs.h: the syscall cachestat, and PAGEMAP_SCAN of
+// /proc/self/pagemap.
+constexpr long kCacheStat = 451;
+constexpr unsigned long kPagemapScan = _IOWR('f', 16, uint64_t[12]);
+constexpr uint64_t kPageIsHuge = 1 << 6;
+struct FileRange {
+  uint64_t offset, size_bytes;
+};
+struct CacheStat {
+  uint64_t cached, dirty, writeback, evicted, recently_evicted;
+};
+struct PageScan {
+  uint64_t size, flags, start, end, walk_end, runs, n_runs, most_pages, inverted, all_of, any_of, wanted;
+};
+struct PageRun {
+  uint64_t begin, end, categories;
+};
+
+struct Descriptor {
+  const int fd;
+  ~Descriptor() {
+    if (fd >= 0) close(fd);
+  }
+};
+
+bool is_cached(int fd, size_t at) {
+  FileRange range{at, kHugePage};
+  CacheStat stat{};
+  return syscall(kCacheStat, fd, &range, &stat, 0) == 0 && stat.cached > 0;
+}
+
+// Whether a block is mapped by a huge page; -1 where the system does not say.
+int is_huge(int pagemap, const char* block) {
+  PageRun run{};
+  const uint64_t begin = reinterpret_cast<uintptr_t>(block), end = begin + kHugePage;
+  PageScan scan{sizeof scan, 0, begin, end, 0, reinterpret_cast<uintptr_t>(&run), 1, 0, 0, kPageIsHuge, 0, kPageIsHuge};
+  const int n = ioctl(pagemap, kPagemapScan, &scan);
+  return n < 0 ? -1 : n == 1 && run.begin == begin && run.end == end;
+}
+
+// A file whose cache is in huge pages maps one as a whole at the first touch.
+void touch(const char* p) { *static_cast<const volatile char*>(p); }
+#endif
 
 #if defined(__aarch64__)
 void write_fpcr(uint64_t value) { __asm__ volatile("msr fpcr, %0" : : "r"(value) : "memory"); }
@@ -70,14 +118,13 @@ int physical_cores_allowed() {
 void* alloc_zeroed(size_t size_bytes) {
 #ifdef __linux__
   // Fresh mappings are zero and take memory only when touched. Large ones begin where a huge page can.
-  constexpr size_t kHuge = size_t{2} << 20;
-  const size_t spare = size_bytes >= 2 * kHuge ? kHuge : 0;
+  const size_t spare = size_bytes >= 2 * kHugePage ? kHugePage : 0;
   void* mapped = mmap(nullptr, size_bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
   if (spare == 0) return mapped;
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   char* begin = static_cast<char*>(mapped);
-  char* p = begin + (kHuge - reinterpret_cast<uintptr_t>(begin) % kHuge) % kHuge;
+  char* p = begin + (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
   char* end = p + (size_bytes + page - 1) / page * page;
   if (p > begin) munmap(begin, static_cast<size_t>(p - begin));
   if (end < begin + size_bytes + spare) munmap(end, static_cast<size_t>(begin + size_bytes + spare - end));
@@ -110,6 +157,36 @@ void forget_content(void* data, size_t size_bytes) {
   (void)data;
   (void)size_bytes;
 #endif
+}
+
+int settle_in_huge_pages(int fd, const void* mapped, size_t size_bytes, double seconds) {
+  int done = 0;
+#ifdef __linux__
+  const auto start = std::chrono::steady_clock::now();
+  const auto late = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds;
+  };
+  const char* data = static_cast<const char*>(mapped);
+  if (reinterpret_cast<uintptr_t>(data) % kHugePage) return 0;
+  const Descriptor pagemap{open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)};
+  int failed = 0;
+  // Blocks stay small that another process has mapped, and all where the file system knows no others.
+  for (size_t at = 0; at + kHugePage <= size_bytes && failed <= done; at += kHugePage) {
+    if (!is_cached(fd, at)) continue;
+    char* block = const_cast<char*>(data + at);
+    touch(block);
+    const int huge = is_huge(pagemap.fd, block);
+    if (huge < 0 || late()) break;
+    if (huge) continue;
+    madvise(block, kHugePage, MADV_DONTNEED);  // no page leaves the cache while it is mapped
+    posix_fadvise(fd, static_cast<off_t>(at), kHugePage, POSIX_FADV_DONTNEED);
+    touch(block);
+    (is_huge(pagemap.fd, block) == 1 ? done : failed)++;
+  }
+#else
+  (void)fd, (void)mapped, (void)size_bytes, (void)seconds;
+#endif
+  return done;
 }
 
 bool allow_tiles() {

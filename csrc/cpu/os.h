@@ -1,4 +1,5 @@
-// The operating system, in one file: how many processors we may use, memory for pages, putting a thread to sleep.
+// The operating system, in one file: how many processors we may use, memory for pages, mapped files in huge pages,
+// putting a thread to sleep.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +11,11 @@ void* alloc_zeroed(size_t size_bytes);  // 64-byte aligned; throws std::bad_allo
 void free_zeroed(void* data, size_t size_bytes);
 // Gives back what memory stands behind it, where the system can do that; its content is then zeros or as it was.
 void forget_content(void* data, size_t size_bytes);
+// Parts of a mapped file that the system caches in small pages, read again so that it caches them in huge ones: for
+// `seconds` at most, and only what is in the cache already. `mapped`: the first size_bytes of the file. Returns the
+// blocks of kHugePage bytes that were brought; 0 where the system or the file system cannot.
+constexpr size_t kHugePage = size_t{2} << 20;
+int settle_in_huge_pages(int fd, const void* mapped, size_t size_bytes, double seconds);
 bool allow_tiles();                // asks for the tile registers (AMX), which a process does not have unasked
 void cpu_relax();                  // a pause inside a spin loop
 unsigned set_float_environment();  // round to nearest, subnormals kept; returns what was set before

@@ -125,6 +125,10 @@ class BoundedFile:
             return out
         return self._whole()[offset : offset + n]
 
+    def mapped(self) -> tuple[int, Bytes] | None:
+        """The descriptor and the map of the whole file, if something was mapped and neither is closed."""
+        return None if self._map is None or self._fd < 0 else (self._fd, self._map)
+
     def _whole(self) -> Bytes:
         if self._map is None:
             try:
