@@ -19,6 +19,8 @@
 #define PYLLAMA_KERNEL __global__
 #define PYLLAMA_DEVICE __device__ __forceinline__
 #define PYLLAMA_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define PYLLAMA_UNROLL _Pragma("unroll")
+#define PYLLAMA_UNROLL_8 _Pragma("unroll 8")
 #define PYLLAMA_ON_DEVICE 1
 #else
 #include <cmath>
@@ -31,6 +33,8 @@
 #define PYLLAMA_KERNEL
 #define PYLLAMA_DEVICE inline
 #define PYLLAMA_LAUNCH_BOUNDS(threads, blocks)
+#define PYLLAMA_UNROLL
+#define PYLLAMA_UNROLL_8
 #define PYLLAMA_ON_DEVICE 0
 #endif
 
@@ -258,6 +262,18 @@ PYLLAMA_DEVICE uint32_t as_bits(half2 v) { return bits_as<uint32_t>(v); }
 PYLLAMA_DEVICE uint32_t as_bits(float v) { return bits_as<uint32_t>(v); }
 PYLLAMA_DEVICE float as_float(uint32_t bits) { return bits_as<float>(bits); }
 
+// 2^x to about 2^-22 of it: 0 at -infinity, 1 at 0, NaN for NaN; what would be below 2^-126 is 0.
+PYLLAMA_DEVICE float exp2_approx(float x) {
+#if PYLLAMA_ON_DEVICE
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = static_cast<float>(std::exp2(double{x}));
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------- bits
 
 // Any function of three bits, for all 32 at once: table bit 4a + 2b + c is the result. (0xf0 & 0xcc) | 0xaa is (a & b)
@@ -336,6 +352,22 @@ PYLLAMA_DEVICE uint4 load_stream(const uint4* p) {
 #else
   emulation::check_device_memory(p, 16, "load_stream");
   return *p;
+#endif
+}
+
+// Of memory that a kernel before this one wrote and that is read once: as load_stream, but never before
+// wait_for_previous_kernel().
+PYLLAMA_DEVICE uint4 load_once_16(const void* p) {
+#if PYLLAMA_ON_DEVICE
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+#else
+  emulation::check_device_memory(p, 16, "load_once_16");
+  return *static_cast<const uint4*>(p);
 #endif
 }
 

@@ -1,0 +1,99 @@
+// Keys, values and attention of csrc/cuda for the tests: arrays of numpy go to the emulated device and come back. Pages
+// are one array, [n_pages][page_bytes]; page tables name them by number.
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cuda/attention_few.h"
+#include "cuda/cache.h"
+#include "entry.h"
+
+using namespace pyllama::cuda;
+using namespace pyllama::cuda::tests;
+
+namespace {
+
+// A copy of host memory on the device.
+template <class T>
+struct Array {
+  Array(Stream& stream, const T* from, size_t n) : bytes(n * sizeof(T)), memory(bytes ? bytes : 1, "test") {
+    if (bytes) stream.copy_to_device(memory.data(), from, bytes);
+  }
+  void back(Stream& stream, T* to) { stream.copy_to_host(to, memory.data(), bytes); }
+  T* data() const { return memory.template as<T>(); }
+  size_t bytes;
+  Memory memory;
+};
+
+CacheLayout layout_of(const int32_t* shape) {
+  return cache_layout(shape[0] ? CacheType::q8 : CacheType::f16, shape[1], shape[2], shape[3]);
+}
+
+std::vector<uint8_t*> pointers(const Array<uint8_t>& pages, const CacheLayout& l, const int32_t* ids, size_t n) {
+  std::vector<uint8_t*> result(n);
+  for (size_t i = 0; i < n; i++) result[i] = pages.data() + ids[i] * l.page_bytes;
+  return result;
+}
+
+}  // namespace
+
+// shape, here and below: q8?, n_layers, n_kv_heads, head_dim.
+PYLLAMA_TEST_ENTRY int cache_page_bytes(const int32_t* shape, int64_t* bytes) {
+  return guarded([&] { *bytes = layout_of(shape).page_bytes; });
+}
+
+// step: layer, n_tok, n_heads, n_pages.
+PYLLAMA_TEST_ENTRY int rope_append_step(const int32_t* shape, const int32_t* step, const int32_t* page_ids,
+                                        const int32_t* pos, const float* cos, const float* sin, const float* qkv,
+                                        uint8_t* pages, float* q) {
+  return guarded([&] {
+    const CacheLayout l = layout_of(shape);
+    const size_t n_tok = static_cast<size_t>(step[1]), half_dim = static_cast<size_t>(l.head_dim) / 2;
+    const size_t n_heads = static_cast<size_t>(step[2]),
+                 stride = (n_heads + 2 * static_cast<size_t>(l.n_kv_heads)) * 2 * half_dim;
+    Stream stream;
+    Array<uint8_t> cache(stream, pages, static_cast<size_t>(step[3] * l.page_bytes));
+    const std::vector<uint8_t*> page_of = pointers(cache, l, page_ids, n_tok);
+    const Array<uint8_t*> places(stream, page_of.data(), n_tok);
+    const Array<int32_t> positions(stream, pos, n_tok);
+    const Array<float> cosines(stream, cos, n_tok * half_dim), sines(stream, sin, n_tok * half_dim);
+    const Array<float> in(stream, qkv, n_tok * stride);
+    Array<float> out(stream, q, n_tok * n_heads * 2 * half_dim);
+    rope_append(stream, l, step[0], {places.data(), positions.data(), cosines.data(), sines.data()}, step[1],
+                {in.data(), static_cast<int64_t>(stride), out.data(), step[2]});
+    stream.wait();  // before results take the place of what is copied
+    cache.back(stream, pages);
+    out.back(stream, q);
+    stream.wait();
+  });
+}
+
+// step: layer, n_tok, n_heads, n_spans, max_span_tok, max_keys, n_pages, entries of the page table, launches.
+PYLLAMA_TEST_ENTRY int attend_few_step(const int32_t* shape, const int32_t* step, const DeviceSpan* spans,
+                                       const int32_t* page_ids, const uint8_t* pages, const float* q, float* o) {
+  return guarded([&] {
+    const CacheLayout l = layout_of(shape);
+    const AttendShape s{step[3], step[4], step[5], step[1], step[2]};
+    const size_t numbers = static_cast<size_t>(step[1]) * static_cast<size_t>(step[2] * l.head_dim);
+    Stream stream;
+    const Array<uint8_t> cache(stream, pages, static_cast<size_t>(step[6] * l.page_bytes));
+    const std::vector<uint8_t*> table = pointers(cache, l, page_ids, static_cast<size_t>(step[7]));
+    const Array<uint8_t*> page_table(stream, table.data(), table.size());
+    const Array<DeviceSpan> device_spans(stream, spans, static_cast<size_t>(step[3]));
+    const Array<float> queries(stream, q, numbers);
+    const AttendRoom room = attend_few_room(l, s);
+    const Memory partials(room.partials_bytes, "partials"), arrived(room.arrived_bytes, "arrived");
+    stream.fill(arrived.data(), 0, room.arrived_bytes);
+    std::vector<float> first;
+    for (int i = 0; i < step[8]; i++) {  // a later launch finds the counters that the one before left
+      Array<float> out(stream, o, numbers);
+      attend_few(stream, l, step[0], s,
+                 {queries.data(), out.data(), device_spans.data(), page_table.data(), partials.as<float>(),
+                  arrived.as<int32_t>()});
+      out.back(stream, o);
+      stream.wait();
+      if (i == 0) first.assign(o, o + numbers);
+      if (memcmp(first.data(), o, numbers * sizeof(float)) != 0) throw std::runtime_error("launches differ");
+    }
+  });
+}

@@ -1,0 +1,247 @@
+"""csrc/cuda/attention_few.cu on the emulated device, against softmax attention in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from tests.cuda.conftest import Emulated, EmulationError
+from tests.cuda.helpers_cache import PAGE, Cache
+
+RNG = np.random.default_rng
+
+
+def quantized(x: np.ndarray, wide: int) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes and float16 scales of each 32 dimensions of [tokens, head_dim]."""
+    groups = np.pad(x, [(0, 0), (0, wide - x.shape[1])]).reshape(len(x), -1, 32)
+    scales = (np.abs(groups).max(-1) / 127).astype(np.float16)
+    codes = np.rint(groups / np.where(scales > 0, scales, 1)[..., None].astype(np.float64)).clip(-127, 127)
+    return codes.reshape(len(x), wide)[:, : x.shape[1]].astype(np.int8), scales
+
+
+@dataclass
+class Text:
+    """One sequence's keys and values, float16 [n_kv_heads, tokens, head_dim], and pages that have them."""
+
+    cache: Cache
+    n_tok: int
+    seed: int = 0
+    scale: float = 1.0
+    k: np.ndarray = field(init=False)
+    v: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = (2, self.cache.n_kv_heads, -(-self.n_tok // PAGE) * PAGE, self.cache.head_dim)
+        x = RNG(self.seed).standard_normal(shape) * self.scale
+        self.k, self.v = x.astype(np.float16)
+
+    def pages(self, layer: int) -> list[bytes]:
+        """Pages with this text in one layer and what nobody may look at, NaN keys and large values, in others."""
+        result = []
+        for p in range(self.k.shape[1] // PAGE):
+            here = slice(p * PAGE, (p + 1) * PAGE)
+            blocks = [self._block(self.k[h, here], self.v[h, here]) for h in range(self.cache.n_kv_heads)]
+            nothing = np.full((PAGE, self.cache.head_dim), np.nan, np.float16)
+            other = self._block(nothing, np.full_like(nothing, 3e4)) if self.cache.n_layers > 1 else b""
+            page = [b"".join(blocks) if i == layer else other * len(blocks) for i in range(self.cache.n_layers)]
+            result.append(b"".join(page))
+        return result
+
+    def _block(self, k: np.ndarray, v: np.ndarray) -> bytes:
+        if not self.cache.q8:
+            return self.cache.block(k, v)
+        with np.errstate(invalid="ignore"):
+            return self.cache.block(quantized(k, self.cache.wide), quantized(v, self.cache.wide))
+
+    def numbers(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values as the pages have them."""
+        per_head = [[], []]
+        for page in self.pages(layer):
+            size = len(page) // self.cache.n_layers // self.cache.n_kv_heads
+            first = layer * self.cache.n_kv_heads
+            heads = [page[(first + h) * size : (first + h + 1) * size] for h in range(self.cache.n_kv_heads)]
+            for kv, both in zip(per_head, zip(*map(self.cache.unpacked, heads), strict=True), strict=True):
+                kv.append(np.stack(both)[..., : self.cache.head_dim])
+        return np.concatenate(per_head[0], 1), np.concatenate(per_head[1], 1)
+
+
+@dataclass
+class Span:
+    text: Text
+    pos: int
+    q: np.ndarray  # float32 [n_tok, n_heads, head_dim]
+
+
+def attend(
+    emulated: Emulated, spans: list[Span], *, layer: int = 0, room: int = 0, launches: int = 1, seed: int = 0
+) -> np.ndarray:
+    """One launch over the spans, [n_tok, n_heads, head_dim]. Pages are scattered; `room`: keys beyond those needed."""
+    cache = spans[0].text.cache
+    table, at, pages = [], [], []
+    for s in spans:
+        at.append(len(table))
+        table += range(len(pages), len(pages) + -(-(s.pos + len(s.q)) // PAGE))
+        pages += s.text.pages(layer)
+    order = RNG(seed).permutation(len(pages))
+    data = np.frombuffer(b"".join(pages[i] for i in order), np.uint8)
+    ids = np.argsort(order)[table].astype(np.int32)
+    q = np.ascontiguousarray(np.concatenate([s.q for s in spans]))
+    first = np.cumsum([0] + [len(s.q) for s in spans])
+    rows = np.array([[f, len(s.q), s.pos, p] for f, s, p in zip(first, spans, at, strict=False)], np.int32)
+    most = max(len(s.q) for s in spans)
+    keys = max(s.pos + len(s.q) for s in spans) + room
+    step = [layer, len(q), q.shape[1], len(spans), most, keys, len(pages), len(ids), launches]
+    o = np.full(q.shape, np.nan, np.float32)
+    emulated.call("attend_few_step", cache.shape, np.array(step, np.int32), rows, ids, data, q, o)
+    return o
+
+
+def expected(span: Span, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Attention in float64, and how far from it rounding may lead.
+
+    Queries become halves: a score is off by 2^-11 Σ|q k| / √head_dim at most (2^-12 for the half, as much again for
+    all float arithmetic), and with it, relatively, a weight. Weights become halves, and so do values of a q8 cache:
+    2^-11 each. A weighted mean of values moves by twice a weight's relative error times the largest value at most.
+    Weights below 2^-34 of the largest vanish.
+    """
+    k, v = span.text.numbers(layer)
+    n_tok, n_heads, head_dim = span.q.shape
+    group = n_heads // len(k)
+    o, bound = np.zeros(span.q.shape), np.zeros(span.q.shape)
+    for t in range(n_tok):
+        seen = span.pos + t + 1
+        for h in range(n_heads):
+            q, keys, values = span.q[t, h].astype(np.float64), k[h // group, :seen], v[h // group, :seen]
+            s = keys @ q / np.sqrt(head_dim)
+            p = np.exp(s - s.max())
+            o[t, h] = p @ values / p.sum()
+            score_error = 2.0**-11 * (np.abs(keys) @ np.abs(q)).max() / np.sqrt(head_dim)
+            relative = np.expm1(min(score_error, 100)) + 2.0**-11 + seen * 2.0**-34
+            bound[t, h] = (2 * relative + 2.0**-11) * np.abs(values).max()
+    return o, bound
+
+
+def queries(n_tok: int, n_heads: int, head_dim: int, seed: int = 1, scale: float = 1.0) -> np.ndarray:
+    return (RNG(seed).standard_normal((n_tok, n_heads, head_dim)) * scale).astype(np.float32)
+
+
+def check(found: np.ndarray, spans: list[Span], layer: int = 0) -> None:
+    first = 0
+    for s in spans:
+        o, bound = expected(s, layer)
+        part = found[first : first + len(s.q)]
+        assert (np.abs(part - o) <= bound).all(), (np.abs(part - o) / bound).max()
+        first += len(s.q)
+
+
+@pytest.mark.parametrize("q8", [False, True], ids=["f16", "q8"])
+@pytest.mark.parametrize("head_dim", [6, 32, 64, 80, 96, 100, 128])
+def test_values(emulated: Emulated, head_dim: int, q8: bool) -> None:
+    """Three tokens over a page's end beside one of another text, five heads a group: nothing fills a tile."""
+    cache = Cache(q8, 1, head_dim, n_layers=2)
+    spans = [
+        Span(Text(cache, 66, seed=1), 62, queries(3, 5, head_dim)),
+        Span(Text(cache, 7, seed=2), 6, queries(1, 5, head_dim, seed=3)),
+    ]
+    found = emulated.in_all_orders(lambda: attend(emulated, spans, layer=1))
+    check(found, spans, layer=1)
+
+
+@pytest.mark.parametrize("q8", [False, True], ids=["f16", "q8"])
+@pytest.mark.parametrize("group", [1, 3, 8, 16])
+def test_groups_and_splits(emulated: Emulated, group: int, q8: bool) -> None:
+    """Three splits, several tiles of rows, two heads; the same bits in every order and from launch to launch."""
+    cache = Cache(q8, 2, 32)
+    spans = [
+        Span(Text(cache, 520, seed=4), 510, queries(3, 2 * group, 32, seed=5, scale=3.0)),
+        Span(Text(cache, 255, seed=6), 254, queries(1, 2 * group, 32, seed=7)),
+        Span(Text(cache, 1, seed=8), 0, queries(1, 2 * group, 32, seed=9)),
+    ]
+    found = emulated.in_all_orders(lambda: attend(emulated, spans, launches=2))
+    check(found, spans)
+
+
+@pytest.mark.parametrize("q8", [False, True], ids=["f16", "q8"])
+@pytest.mark.parametrize("pos", [0, 60, 250, 505])
+def test_bits_do_not_depend_on_the_step(emulated: Emulated, pos: int, q8: bool) -> None:
+    """Eight tokens at once, one by one, beside another sequence, with more room and other pages: the same bits."""
+    cache = Cache(q8, 1, 64)
+    text, other = Text(cache, pos + 8, seed=10), Text(cache, 300, seed=11)
+    q = queries(8, 4, 64, seed=12)
+    together = attend(emulated, [Span(text, pos, q)])
+    check(together, [Span(text, pos, q)])
+    beside = attend(emulated, [Span(other, 299, q[:1]), Span(text, pos, q)], room=900, seed=5)
+    assert (beside[1:] == together).all()
+    for first, last in [(0, 1), (1, 4), (4, 8), (7, 8)]:
+        part = attend(emulated, [Span(text, pos + first, q[first:last])])
+        assert (part == together[first:last]).all()
+
+
+@pytest.mark.parametrize("q8", [False, True], ids=["f16", "q8"])
+def test_what_is_masked_adds_exactly_nothing(emulated: Emulated, q8: bool) -> None:
+    """Keys behind a query are NaN, values there large: bits are those without. Who sees a NaN key is NaN."""
+    cache = Cache(q8, 2, 64)
+    text = Text(cache, 300, seed=13)
+    q = queries(3, 4, 64, seed=14)
+    clean = attend(emulated, [Span(text, 280, q)])
+    text.k[0, 281:] = np.nan
+    text.v[0, 281:] = 6e4
+    found = attend(emulated, [Span(text, 280, q)])
+    assert (found[:, 2:] == clean[:, 2:]).all()  # the other key/value head
+    assert (found[0, :2] == clean[0, :2]).all()
+    assert np.isnan(found[1:, :2]).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_queries_that_are_no_numbers_are_noticed(emulated: Emulated, bad: float) -> None:
+    text = Text(Cache(False, 1, 64), 90, seed=15)
+    q = queries(2, 4, 64, seed=16)
+    clean = attend(emulated, [Span(text, 80, q)])
+    q[1, 2, 33] = bad
+    found = attend(emulated, [Span(text, 80, q)])
+    hit = np.zeros((2, 4), bool)
+    hit[1, 2] = True
+    assert np.isnan(found[hit]).all() and (found[~hit] == clean[~hit]).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-30, 1e5, 1e30, 1e36])
+def test_queries_of_any_size(emulated: Emulated, scale: float) -> None:
+    """Far beyond what a half can hold. From 1e5 on one key takes it all, whatever rounding does to scores."""
+    text = Text(Cache(False, 1, 64), 90, seed=17)
+    text.k[:, 40] = 2.0
+    q = np.abs(queries(1, 2, 64, seed=18)).clip(0.25, 1.0) * np.float32(scale)
+    found = attend(emulated, [Span(text, 89, q)])
+    o, bound = expected(Span(text, 89, q))
+    limit = bound if scale < 1 else 2.0**-11 * np.abs(o)
+    assert (np.abs(found - o) <= limit).all()
+
+
+def test_values_up_to_the_end_of_half_precision(emulated: Emulated) -> None:
+    text = Text(Cache(False, 1, 64), 600, seed=19)
+    text.v[:] = np.float16(65504)
+    found = attend(emulated, [Span(text, 599, queries(1, 2, 64, seed=20))])
+    assert (np.abs(found - 65504) <= 65504 * 2.0**-20).all()  # a mean of equal numbers: only sums round
+
+
+@pytest.mark.parametrize(("head_dim", "said"), [(7, "head_dim 7"), (130, "head_dim 130"), (256, "even ones up to 128")])
+def test_heads_that_no_kernel_is_made_for(emulated: Emulated, head_dim: int, said: str) -> None:
+    with pytest.raises(EmulationError, match=said):
+        emulated.call("cache_page_bytes", Cache(False, 1, head_dim).shape, np.zeros(1, np.int64))
+
+
+def test_heads_that_do_not_divide(emulated: Emulated) -> None:
+    cache = Cache(False, 2, 32)
+    with pytest.raises(EmulationError, match="n_heads 3 is no multiple of n_kv_heads 2"):
+        attend(emulated, [Span(Text(cache, 3), 2, queries(1, 3, 32))])
+
+
+@pytest.mark.parametrize("q8", [False, True], ids=["f16", "q8"])
+def test_the_page_has_the_size_that_numpy_gives_it(emulated: Emulated, q8: bool) -> None:
+    for head_dim in (2, 64, 80, 128):
+        cache = dataclasses.replace(Cache(q8, 3, head_dim), n_layers=2)
+        found = np.zeros(1, np.int64)
+        emulated.call("cache_page_bytes", cache.shape, found)
+        assert found[0] == len(Text(cache, 1).pages(0)[0])
