@@ -15,17 +15,17 @@ from typing import Any
 import jinja2
 
 from .common.errors import ModelFormatError
-from .common.reader import read_bytes, read_json, shown
+from .common.reader import read_bytes, shown
 from .named_templates import NAMED_TEMPLATES
 from .template_sandbox import MAX_SOURCE_CHARS, Account, Environment, LimitError, RefusedError, spending
 from .tokenizer import Tokenizer, check_text
+from .tokenizer.special import read_object
 
 MAX_OUTPUT_CHARS = 1 << 20
 OUTPUT_PER_INPUT = 16
 MAX_STEPS = 1_000_000
 STEPS_PER_INPUT = 1_000
 MAX_SECONDS = 10.0
-_JSON_LIMIT_BYTES = 16 << 20
 
 
 class ChatTemplate:
@@ -53,7 +53,7 @@ class ChatTemplate:
         """The template of a model folder, None when it has none. Raises ModelFormatError for a broken one."""
         folder = Path(path)
         config_path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        config = read_json(config_path, _JSON_LIMIT_BYTES) if config_path.is_file() else {}
+        config = read_object(config_path)
         source, name = _pick(config.get("chat_template"), config_path), f"{config_path}: chat_template"
         if file.is_file():
             raw, name = read_bytes(file, 4 * MAX_SOURCE_CHARS, "chat template"), str(file)

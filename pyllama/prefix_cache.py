@@ -78,7 +78,7 @@ class PrefixCache:
             if n > best.n:
                 best = Found(n, kept.sequence, kept)
         for request in running:
-            n = min(request.common_prefix(prompt), request.n_cached, most)
+            n = min(request.common_prefix(prompt), request.n_held, most)
             if n > best.n:
                 best = Found(n, request.sequence, None)
         return best

@@ -80,7 +80,7 @@ class Request:
         self.n_drafted = self.n_accepted = 0
 
     @property
-    def n_cached(self) -> int:
+    def n_held(self) -> int:
         """Tokens that the sequence holds after the recorded steps."""
         if self.sampler is None:
             return sum(len(result.logits) for result in self.results)
@@ -137,7 +137,7 @@ class Request:
         """Its part of the next step: the last sampled token and a draft, or at most `room` tokens of the prompt."""
         if self.decoding:
             return self.sequence, [self.last_token, *draft], self.sampler, "none", len(draft)
-        start = self.n_cached
+        start = self.n_held
         if self.sampler is None:
             return self.sequence, self.prompt[start : start + min(room, _LOGITS_CHUNK_TOK)], None, "all", 0
         chunk = self.prompt[start : start + room]
@@ -145,7 +145,7 @@ class Request:
         return self.sequence, chunk, self.sampler if is_last else None, "none", 0
 
     def settle(self, n_tok: int, n_draft: int, result: Any, now: float) -> None:
-        """Records a step's outcome by exactly one atomic change of what `n_cached` counts."""
+        """Records a step's outcome by exactly one atomic change of what `n_held` counts."""
         if self.sampler is not None and not self.results:
             if self.n_fed + n_tok < len(self.prompt):
                 self.n_fed += n_tok
@@ -164,7 +164,7 @@ class Request:
     def check_done(self) -> None:
         """Learns where it stands from what is recorded."""
         if self.sampler is None:
-            self.done = self.done or self.n_cached == len(self.prompt)
+            self.done = self.done or self.n_held == len(self.prompt)
         elif self.results:
             self.last_token = token = self.results[-1].token
             self.decoding = True
@@ -338,8 +338,8 @@ class Scheduler:
         for request in self._requests:
             if request.started and request.wants_step:  # the others leave; a kept sequence is cut when it is next used
                 request.check_done()
-                if request.sequence.n_past > request.n_cached:
-                    request.sequence.truncate(request.n_cached)
+                if request.sequence.n_past > request.n_held:
+                    request.sequence.truncate(request.n_held)
         self._dirty = False
 
     def _choose(self) -> tuple[list[Request], list[Request]]:
@@ -382,7 +382,7 @@ class Scheduler:
 
     @staticmethod
     def _is_coming(reader: Request, n: int) -> bool:
-        return reader.wants_step and reader.n_cached < n
+        return reader.wants_step and reader.n_held < n
 
     def _better_soon(self, request: Request, n_now: int, running: list[Request]) -> tuple[Request, int] | None:
         """The running request that is about to read much more of the same beginning than there is, and how much.
@@ -429,7 +429,7 @@ class Scheduler:
         """What to guess, in rows that nobody else needs. A guess stops before a token that would end the text."""
         assert self._drafter is not None
         drafts: dict[Request, list[int]] = {}
-        n_other = sum(len(r.prompt) - r.n_cached for r in reading)
+        n_other = sum(len(r.prompt) - r.n_held for r in reading)
         room = self._max_batch_tok - n_other - len(decoding)
         able = [r for r in decoding if r.may_draft]
         if room <= 0 or not able:
