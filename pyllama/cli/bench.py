@@ -2,7 +2,8 @@
 
 Tests and JSON fields are llama-bench's, so that results stand side by side. Beside tokens per second stand the bytes
 that were read and the operations that were done per second, as far as the work cannot do without them, and their shares
-of what the machine reached in the same run: of its read bandwidth and of its int8 peak.
+of what the machine reached in the same run: of its read bandwidth and of its int8 peak. `--profile`
+adds where the time of the steps goes.
 """
 
 from __future__ import annotations
