@@ -371,6 +371,45 @@ PYLLAMA_DEVICE uint4 load_once_16(const void* p) {
 #endif
 }
 
+// The same where `valid`; otherwise p is not looked at and `to` stays as it is. No branch.
+PYLLAMA_DEVICE void load_stream_if(uint4& to, const uint4* p, bool valid) {
+#if PYLLAMA_ON_DEVICE
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+      : "l"(p), "r"(static_cast<int>(valid)));
+#else
+  if (valid) to = load_stream(p);
+#endif
+}
+
+// 1, 2 or 4 words at p, a multiple of their size, as load_stream_if does, but kept in the first cache.
+template <int n>
+PYLLAMA_DEVICE void load_words_if(uint32_t (&to)[n], const uint32_t* p, bool valid) {
+  static_assert(n == 1 || n == 2 || n == 4, "a load's widths");
+#if PYLLAMA_ON_DEVICE
+  const int v = valid;
+  if constexpr (n == 1) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.u32 %0, [%1]; }"
+                 : "+r"(to[0])
+                 : "l"(p), "r"(v));
+  } else if constexpr (n == 2) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2]; }"
+                 : "+r"(to[0]), "+r"(to[1])
+                 : "l"(p), "r"(v));
+  } else {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(to[0]), "+r"(to[1]), "+r"(to[2]), "+r"(to[3])
+                 : "l"(p), "r"(v));
+  }
+#else
+  if (!valid) return;
+  emulation::check_device_memory(p, 4 * n, "load_words_if");
+  memcpy(to, p, sizeof to);
+#endif
+}
+
 PYLLAMA_DEVICE void prefetch_l2(const void* p) {
 #if PYLLAMA_ON_DEVICE
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -406,7 +445,14 @@ PYLLAMA_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const ui
 #endif
 }
 
-// The same with bfloat16. sm_75 has no such instruction: there by shuffles and fma, right but slow.
+// The same with the first eight of k only: c[16×8] += a[16×8] · b[8×8].
+PYLLAMA_DEVICE void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// mma_m16n8k16 with bfloat16. sm_75 has no such instruction: there by shuffles and fma, right but slow.
 PYLLAMA_DEVICE void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
@@ -456,6 +502,9 @@ PYLLAMA_LOAD_MATRIX_2(load_matrix_x2_trans, ".trans")
 
 inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulation::mma_half(c, a, b);
+}
+inline void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  emulation::mma_half(c, {a[0], a[1], 0, 0}, {b, 0});
 }
 inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulation::mma_bfloat16(c, a, b);
