@@ -129,6 +129,13 @@ def test_chunks(same: Any, size: int) -> None:
     assert np.array_equal(all_logits(model, tokens, chunks), expected)
 
 
+def test_chunks_of_few_tokens(same: Any) -> None:
+    """Of every count from 3 to 17: the head's input comes in two digits, so that it has twice as many rows."""
+    small, _, tokens, expected = same
+    for threads in (1, 2):
+        assert np.array_equal(all_logits(small.model(threads=threads), tokens, list(range(3, 18))), expected)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_threads(same: Any, threads: int) -> None:
     small, _, tokens, expected = same

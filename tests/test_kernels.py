@@ -103,6 +103,23 @@ def test_matmul_against_float64_and_between_instruction_sets(kind: Kind) -> None
             assert same(ops.matmul(weight, x[row : row + 1], threads=1)[0], results["scalar"][row]), (n, k, m, row)
 
 
+@pytest.mark.parametrize("kind", QUANTIZED, ids=str)
+def test_every_count_of_few_tokens(kind: Kind) -> None:
+    """Up to 8 tokens, up to 16, a remainder of either: a tile unit takes each another way. An odd number of blocks of
+    columns and of tiles, one block alone, and what lies behind the weights' end is not there to be read.
+    """
+    rng = np.random.default_rng(3)
+    for n, k in [(49, 96), (20, 20), (80, 320)]:
+        spec, packed = make(kind, n, k, seed=n)
+        weight = native_weight(spec, packed)
+        x = rng.standard_normal((57, k)).astype(np.float32)
+        want, bound = expected(spec, packed, x)
+        rows = ops.matmul(weight, x, isa="scalar")
+        assert (np.abs(rows - want) <= bound).all()
+        for m in range(5, 58):
+            assert same(ops.matmul(weight, x[-m:], threads=1 + m % 2), rows[-m:]), (n, k, m)
+
+
 @given(
     st.sampled_from(DENSE + QUANTIZED),
     st.integers(1, 70),

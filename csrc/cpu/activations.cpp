@@ -30,7 +30,7 @@ void Activations::claim(Arena& arena, int max_tok) {
   arena.claim(&reordered_, static_cast<size_t>(pool_.threads()) * static_cast<size_t>(max_columns_));
   arena.claim(&normed_, tok * padded);
   arena.claim(&blocks_, tok * (padded / 32 + kRowSkew));
-  if (kernels_.tile_tok) arena.claim(&tiles_, (tok + 15) / 16 * (padded / 32));
+  if (kernels_.tile_tok) arena.claim(&tiles_, count_tiles(max_tok, static_cast<int>(padded)));
   arena.claim(&sum32_, tok * padded / 32);
   arena.claim(&sum64_, tok * (padded / 64 + 1));
   arena.claim(&sum128_, tok * (padded / 128 + 1));
@@ -43,16 +43,24 @@ void Activations::reshape(int M, int K) {
   ld_ = Kp_ / 32 + kRowSkew;
 }
 
-bool Activations::takes_tiles(const Weight& w) const {
-  return kernels_.tile_tok != 0 && M_ >= kernels_.tile_tok && w.quantized() && !info(w.format).has_offset;
+bool takes_tiles(const Kernels& kernels, const Weight& w, int M) {
+  return kernels.tile_tok != 0 && M >= kernels.tile_tok && w.quantized() && !info(w.format).has_offset;
 }
 
-void Activations::put_in_tiles(int m, int block, int end) {
-  const XBlock* x = blocks_ + m * ld_;
-  XTile* tile = tiles_ + static_cast<int64_t>(m / 16) * (Kp_ / 32);
-  for (; block < end; block++) {
-    std::memcpy(tile[block].q[m % 16], x[block].q, sizeof x[block].q);
-    tile[block].scale[m % 16] = x[block].scale;
+void put_in_tiles(const XBlock* x, int m, int M, int blocks, int begin, int end, XTile* tiles) {
+  XTile* tile = tiles + static_cast<int64_t>(m / 16) * blocks;
+  const bool pairs = in_pairs(M - m / 16 * 16);
+  for (int b = begin; b < end; b++) {
+    if (!pairs) {
+      std::memcpy(tile[b].q[m % 16], x[b].q, sizeof x[b].q);
+      tile[b].scale[m % 16] = x[b].scale;
+      continue;
+    }
+    XPair& pair = reinterpret_cast<XPair*>(tile)[b / 2];
+    int8_t* row = pair.q[b % 2 * 8 + m % 16];
+    std::memcpy(row + b % 2 * 32, x[b].q, sizeof x[b].q);
+    std::memset(row + (1 - b % 2) * 32, 0, sizeof x[b].q);
+    pair.scale[b % 2][m % 16] = x[b].scale;
   }
 }
 
@@ -84,7 +92,7 @@ void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* o
     row = reordered;
   }
   kernels_.quantize_row(row, K_, blocks_ + m * ld_);
-  if (in_tiles_) put_in_tiles(m, 0, Kp_ / 32);
+  if (in_tiles_) put_in_tiles(blocks_ + m * ld_, m, M_, Kp_ / 32, 0, Kp_ / 32, tiles_);
 }
 
 void Activations::set(const float* x, int64_t ldx, int M, int K, const float* norm, float eps, const Product* products,
@@ -99,12 +107,12 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
   in_tiles_ = false;
   for (int i = 0; i < n; i++) {
     const Weight& w = *products[i].w;
-    in_tiles_ |= takes_tiles(w);
+    in_tiles_ |= takes_tiles(kernels_, w, M);
     if (!w.quantized() || w.input_order) continue;
     quantize = true;
     if (info(w.format).has_offset) offset[w.group / 64] = true;
   }
-  const int rows = in_tiles_ ? static_cast<int>(round_up(rows_worth_a_task(K), 16)) : rows_worth_a_task(K);
+  const int rows = in_tiles_ && M > 16 ? static_cast<int>(round_up(rows_worth_a_task(K), 16)) : rows_worth_a_task(K);
   pool_.run_ranges(M, rows, [&](int begin, int end, int thread) {
     for (int m = begin; m < end; m++) {
       prepare_row(m, thread, quantize, nullptr, norm, eps);
@@ -119,13 +127,13 @@ void Activations::expect(int M, int K, const Weight& w) {
   reshape(M, K);
   rows_ = nullptr;
   part_group_ = info(w.format).has_offset ? w.group : 0;
-  in_tiles_ = takes_tiles(w);
+  in_tiles_ = takes_tiles(kernels_, w, M);
 }
 
 void Activations::take_part(int m, int k, const float* x, int n) {
   XBlock* blocks = blocks_ + m * ld_ + k / 32;
   kernels_.quantize_row(x, n, blocks);
-  if (in_tiles_) put_in_tiles(m, k / 32, (k + n + 31) / 32);
+  if (in_tiles_) put_in_tiles(blocks_ + m * ld_, m, M_, Kp_ / 32, k / 32, (k + n + 31) / 32, tiles_);
   if (part_group_ == 32) sum_groups(blocks, (n + 31) / 32, 1, sum32_ + static_cast<int64_t>(m) * (Kp_ / 32) + k / 32);
 }
 
@@ -140,7 +148,7 @@ MatmulArgs Activations::arguments(const Product& p) const {
   MatmulArgs a{};
   a.w = view(*p.w);
   a.M = M_;
-  a.xq = {blocks_, ld_, nullptr, in_tiles_ && takes_tiles(*p.w) ? tiles_ : nullptr};
+  a.xq = {blocks_, ld_, nullptr, in_tiles_ && takes_tiles(kernels_, *p.w, M_) ? tiles_ : nullptr};
   if (info(p.w->format).has_offset) {
     a.xq.group_sum = group_sums(p.w->group);
   }

@@ -25,6 +25,14 @@ WeightView slice(const Weight& w, int begin, int end);
 // out[g] = Σ q·scale over each group of a weight, ascending from its first 32 columns; x: [blocks].
 void sum_groups(const XBlock* x, int blocks, int per_group, float* out);
 
+// Whether a product of M rows wants them as a tile unit does.
+bool takes_tiles(const Kernels& kernels, const Weight& w, int M);
+// What a tile unit takes: room for up to `max_tok` tokens, and the blocks [begin, end) of row m of M in their places.
+inline size_t count_tiles(int max_tok, int columns) {
+  return static_cast<size_t>((max_tok + 15) / 16) * static_cast<size_t>(columns / 32) + 1;  // 1: half an XPair is left
+}
+void put_in_tiles(const XBlock* x, int m, int M, int blocks, int begin, int end, XTile* tiles);
+
 // One product of a group that shares its input: y[m] (+)= W·x[m] + bias.
 struct Product {
   const Weight* w;
@@ -61,8 +69,6 @@ class Activations {
   void prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps);
   void multiply_reordered(const Product& p);
   void reshape(int M, int K);
-  bool takes_tiles(const Weight& w) const;
-  void put_in_tiles(int m, int block, int end);
   void sum_row_groups(int m, int group);
   float* group_sums(int group) const { return group == 32 ? sum32_ : group == 64 ? sum64_ : sum128_; }
 

@@ -11,7 +11,7 @@ namespace cpu {
 namespace {
 
 constexpr int kRows = 32;       // tokens of one product
-constexpr int kFewRows = 8;     // so few come in two halves, whose digits fit the kernels for few tokens
+constexpr int kFewRows = 8;     // so few come in two halves, whose digits fit the kernels for few tokens of AVX-512
 constexpr int kTaskTiles = 16;  // at most
 
 }  // namespace
@@ -32,10 +32,13 @@ void Head::claim(Arena& arena, int max_rows) {
   arena.claim(&left_, threads * config_.dim);
   if (!quantized_) return;
   arena.claim(&blocks_, rows * (w_.Kp() / 32 + kRowSkew));
+  if (kernels_.tile_tok) arena.claim(&tiles_, count_tiles(static_cast<int>(rows), w_.Kp()));
   if (info(w_.format).has_offset) arena.claim(&group_sum_, rows * w_.groups());
 }
 
-void Head::prepare_row(const float* source, int m, float* left) {
+bool Head::in_tiles(int n) const { return takes_tiles(kernels_, w_, n * digits_); }
+
+void Head::prepare_row(const float* source, int m, int n, float* left) {
   const int dim = config_.dim, blocks = w_.Kp() / 32;
   float* row = normed_ + static_cast<int64_t>(m) * dim;
   kernels_.rmsnorm(source, norm_.vector(), dim, config_.norm_eps, row);
@@ -45,6 +48,7 @@ void Head::prepare_row(const float* source, int m, float* left) {
     const int64_t r = static_cast<int64_t>(m) * digits_ + d;
     XBlock* x = blocks_ + r * (blocks + kRowSkew);
     kernels_.quantize_row(left, dim, x);
+    if (in_tiles(n)) put_in_tiles(x, static_cast<int>(r), n * digits_, blocks, 0, blocks, tiles_);
     if (group_sum_) sum_groups(x, blocks, w_.group / 32, group_sum_ + r * w_.groups());
     for (int k = 0; d + 1 < digits_ && k < dim; k++) {
       left[k] = std::fma(-static_cast<float>(x[k / 32].q[k % 32]), x[k / 32].scale, left[k]);
@@ -59,7 +63,7 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
   a.ldx = config_.dim;
   a.y = scratch;
   a.ldy = columns;
-  const int rows = n <= kFewRows ? kFewRows / 2 : kRows;
+  const int rows = n <= kFewRows && !in_tiles(n) ? kFewRows / 2 : kRows;
   for (int m0 = 0; m0 < n; m0 += rows) {
     const int count = std::min(rows, n - m0);
     const int64_t row = static_cast<int64_t>(m0) * digits_;
@@ -67,7 +71,8 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
     a.x = normed_ + static_cast<int64_t>(m0) * config_.dim;
     if (quantized_) {
       const int64_t ld = blocks + kRowSkew;
-      a.xq = {blocks_ + row * ld, ld, group_sum_ ? group_sum_ + row * w_.groups() : nullptr, nullptr};
+      a.xq = {blocks_ + row * ld, ld, group_sum_ ? group_sum_ + row * w_.groups() : nullptr,
+              in_tiles(n) ? tiles_ + row / 16 * blocks : nullptr};
     }
     kernels_.matmul(a, 0, tile_end - tile_begin);
     for (int m = 0; m < count; m++) {
@@ -81,7 +86,7 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
 void Head::run(const float* x, const int32_t* rows, int n, float* logits) {
   pool_.run_ranges(n, rows_worth_a_task(config_.dim), [&](int begin, int end, int thread) {
     const int64_t dim = config_.dim;
-    for (int m = begin; m < end; m++) prepare_row(x + rows[m] * dim, m, left_ + thread * dim);
+    for (int m = begin; m < end; m++) prepare_row(x + rows[m] * dim, m, n, left_ + thread * dim);
   });
   const size_t scratch_size = static_cast<size_t>(kRows) * digits_ * kTaskTiles * kTileRows;
   pool_.run_ranges(w_.tiles(), 1, [&](int begin, int end, int thread) {

@@ -23,7 +23,8 @@ class Head {
   void run(const float* x, const int32_t* rows, int n, float* logits);
 
  private:
-  void prepare_row(const float* x, int m, float* left);
+  void prepare_row(const float* x, int m, int n, float* left);
+  bool in_tiles(int n) const;
   void multiply(int n, int tile_begin, int tile_end, float* scratch, float* logits);
 
   const Config& config_;
@@ -35,6 +36,7 @@ class Head {
   const int digits_;            // int8 rows per token
   float* normed_ = nullptr;     // [max_rows][dim]
   XBlock* blocks_ = nullptr;    // [max_rows * digits][ld]
+  XTile* tiles_ = nullptr;      // the same for a tile unit
   float* group_sum_ = nullptr;  // [max_rows * digits][groups]; for formats with an offset
   float* scratch_ = nullptr;    // per thread [kRows * digits][rows of a task]
   float* left_ = nullptr;       // per thread [dim]: what a row's digits have still to express

@@ -31,12 +31,20 @@ struct XTile {
   float scale[16];
 };
 
+// 64 columns of up to eight tokens, where a step has no more of them or the last tokens are so few: token m's first 32
+// columns begin row m, the others end row 8 + m, and zeros beside them keep their sums apart.
+struct XPair {
+  int8_t q[16][64];
+  float scale[2][8];
+};
+static inline bool in_pairs(int tok) { return tok <= 8; }
+
 // Activations of M tokens.
 struct QuantX {
   const XBlock* blocks;    // [M][ld]
   int64_t ld;              // at least Kp/32, plus what keeps rows out of each other's sets of the first-level cache
   const float* group_sum;  // [M][groups]: sums of q*scale over the weight's groups; only for formats with an offset
-  const XTile* tiles;      // [ceil(M/16)][Kp/32], at a multiple of 64 bytes, or null
+  const XTile* tiles;      // [ceil(M/16)][Kp/32], or XPair [ceil(Kp/64)] from there; at a multiple of 64 bytes, or null
 };
 
 // The part of a Weight that kernels read, as plain data.

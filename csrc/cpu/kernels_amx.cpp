@@ -1,7 +1,8 @@
 // Products of many tokens on a tile unit (AMX, Sapphire Rapids and later). A tile instruction multiplies sixteen tokens
 // by sixteen rows over 32 columns; the vector unit scales what it gave, sum by sum as everywhere (docs/KERNELS.md), so
-// the bits are those of every other instruction set. Adds to the kernels of AVX-512: few tokens, dense weights, formats
-// with an offset, where a third fma leaves little to gain, and all that is not a product are theirs.
+// the bits are those of every other instruction set. Here are products of many tokens; those of few, which wait for
+// weights, are in kernels_amx_few.inc. The fewest, dense weights, formats with an offset, where a third fma leaves
+// little to gain, and all that is not a product are the kernels of AVX-512.
 #include "kernels.h"
 
 #include <cstring>
@@ -29,21 +30,21 @@ extern const TileKernels kKernels_amx;
 
 namespace {
 
-constexpr int kTileTok = 32;  // tokens from which on tiles are worth it
-constexpr int kTailTok = 9;   // of a remainder of tokens, fewer go to AVX-512
+constexpr int kFewTok = 7;    // tokens from which on tiles are worth it, also of a remainder
+constexpr int kManyTok = 32;  // tokens from which on a panel of them is
 
-// Tiles 0-3: dot products; 4, 5: 16 tokens × 32 columns; 6, 7: 32 columns × 16 rows.
-void configure_tiles() {
+// Tiles 0-3: dot products; 4, 5: tokens × columns; 6, 7: columns × 16 rows.
+void configure_tiles(int x_rows, int x_bytes, int w_rows) {
   struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t column_bytes[16] = {};
     uint8_t rows[16] = {};
   } c;
   for (int i = 0; i < 8; i++) {
-    c.column_bytes[i] = i == 4 || i == 5 ? 32 : 64;
-    c.rows[i] = i < 6 ? 16 : 8;
+    c.column_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? x_bytes : 64);
+    c.rows[i] = static_cast<uint8_t>(i < 6 ? x_rows : w_rows);
   }
-  _tile_loadconfig(&c);
+  asm volatile("ldtilecfg %0" : : "m"(c));  // the intrinsic of gcc 12 says that it reads eight bytes
 }
 
 // gcc's intrinsics for tiles are macros that want the digit itself. AT: bytes from the pointer, part of the
@@ -64,6 +65,12 @@ template <int SUM, int X, int W>
 PYLLAMA_INLINE void tile_dot() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
 }
+
+}  // namespace
+
+#include "kernels_amx_few.inc"
+
+namespace {
 
 // n blocks of 32 columns, 16 tokens × 16 rows.
 struct Factors {
@@ -182,20 +189,31 @@ void multiply_panel(const MatmulArgs& a, __m512i table, int tile, int tiles, int
   }
 }
 
+void many_tokens(const MatmulArgs& a, int tile_begin, int tile_end, int done) {
+  Strip strip;
+  const __m512i table = code_table(a.w);
+  configure_tiles(16, 32, 8);
+  for (int m = 0; m < done; m += kPanelTok) {
+    const int count = done - m < kPanelTok ? done - m : kPanelTok;
+    for (int tile = tile_begin; tile < tile_end; tile += kStripTiles) {
+      multiply_panel(a, table, tile, tile_end - tile < kStripTiles ? tile_end - tile : kStripTiles, m, count, strip);
+    }
+  }
+  _tile_release();
+}
+
 void matmul(const MatmulArgs& a, int tile_begin, int tile_end) {
   int done = 0;
   if (a.xq.tiles) {
-    done = a.M % 16 < kTailTok ? a.M / 16 * 16 : a.M;
-    Strip strip;
-    const __m512i table = code_table(a.w);
-    configure_tiles();
-    for (int m = 0; m < done; m += kPanelTok) {
-      const int count = done - m < kPanelTok ? done - m : kPanelTok;
-      for (int tile = tile_begin; tile < tile_end; tile += kStripTiles) {
-        multiply_panel(a, table, tile, tile_end - tile < kStripTiles ? tile_end - tile : kStripTiles, m, count, strip);
-      }
+    if (a.M >= kManyTok) {
+      done = in_pairs(a.M % 16) ? a.M / 16 * 16 : a.M;
+      many_tokens(a, tile_begin, tile_end, done);
     }
-    _tile_release();
+    while (a.M - done >= kFewTok) {
+      const int count = a.M - done < 16 ? a.M - done : 16;
+      few_tokens(a, tile_begin, tile_end, done, count);
+      done += count;
+    }
   }
   if (done == a.M) return;
   MatmulArgs rest = a;
@@ -210,7 +228,7 @@ void matmul(const MatmulArgs& a, int tile_begin, int tile_end) {
 // Products of 32 columns, though a tile holds 64: after 32 a sum has to leave the unit.
 double dot_peak(int rounds, int32_t* sink) {
   alignas(64) Dots dots;
-  configure_tiles();
+  configure_tiles(16, 32, 8);
   tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>(), tile_zero<4>(), tile_zero<6>();
   for (int r = 0; r < rounds; r++) {
     tile_dot<0, 4, 6>(), tile_dot<1, 4, 6>(), tile_dot<2, 4, 6>(), tile_dot<3, 4, 6>();
@@ -225,6 +243,6 @@ double dot_peak(int rounds, int32_t* sink) {
 
 namespace pyllama {
 namespace cpu {
-const TileKernels kKernels_amx = {kTileTok, kStripTiles, matmul, dot_peak};
+const TileKernels kKernels_amx = {kFewTok, kStripTiles, matmul, dot_peak};
 }  // namespace cpu
 }  // namespace pyllama
