@@ -7,6 +7,8 @@
 //
 // FlashAttention's softmax (Dao et al. 2022, algorithm 1) over keys split as in FlashDecoding (2023). Splits meet in
 // the block that arrives last; each is added in its order, so nobody's coming late changes a bit.
+//
+// registers: attend_few_kernel 255
 #include "cuda/attention_few.h"
 
 #include <algorithm>
@@ -359,6 +361,7 @@ PYLLAMA_DEVICE Partials partials_of(const AttendArgs& a, int64_t row) {
 template <int kBlocks, bool kBytes>
 PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes ? 2 : 3) void attend_few_kernel(const AttendArgs a) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const Tile t = tile_of_block(a);
   const int split = static_cast<int>(block_index().y);
   if (t.rows <= 0 || split >= t.splits) return;
@@ -463,7 +466,7 @@ void attend_few(Stream& stream, const CacheLayout& cache, int layer, const Atten
   const Kernel kernel = cache.type == CacheType::q8 ? kernel_of<true>(blocks) : kernel_of<false>(blocks);
   const Dim3 grid{static_cast<unsigned>(a.row_tiles * cache.n_kv_heads), static_cast<unsigned>(a.max_splits),
                   static_cast<unsigned>(shape.n_spans)};
-  launch(stream, kernel, a, grid, kThreads, shared_bytes_of(blocks, a.tile_rows));
+  launch(stream, kernel, a, grid, kThreads, shared_bytes_of(blocks, a.tile_rows), Start::kEarly);
 }
 
 }  // namespace cuda

@@ -128,6 +128,7 @@ PYLLAMA_DEVICE void append(const RopeAppendArgs& args, int token, int kv_head, c
 // registers: rope_append_kernel 64
 PYLLAMA_KERNEL void rope_append_kernel(const RopeAppendArgs args) {
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const CacheLayout& l = args.cache;
   const int n_heads = args.step.n_heads;
   const int head = static_cast<int>(block_index().x * kWarps + warp());
@@ -156,7 +157,7 @@ void rope_append(Stream& stream, const CacheLayout& cache, int layer, const Plac
   if (n_tok == 0) return;
   const unsigned warps = static_cast<unsigned>(step.n_heads + cache.n_kv_heads);
   const Dim3 grid{(warps + kWarps - 1) / kWarps, static_cast<unsigned>(n_tok)};
-  launch(stream, rope_append_kernel, {cache, places, step, layer}, grid, 32 * kWarps);
+  launch(stream, rope_append_kernel, {cache, places, step, layer}, grid, 32 * kWarps, 0, Start::kEarly);
 }
 
 }  // namespace cuda

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "array.h"
 #include "cuda/attention_few.h"
 #include "cuda/cache.h"
 #include "entry.h"
@@ -12,18 +13,6 @@ using namespace pyllama::cuda;
 using namespace pyllama::cuda::tests;
 
 namespace {
-
-// A copy of host memory on the device.
-template <class T>
-struct Array {
-  Array(Stream& stream, const T* from, size_t n) : bytes(n * sizeof(T)), memory(bytes ? bytes : 1, "test") {
-    if (bytes) stream.copy_to_device(memory.data(), from, bytes);
-  }
-  void back(Stream& stream, T* to) { stream.copy_to_host(to, memory.data(), bytes); }
-  T* data() const { return memory.template as<T>(); }
-  size_t bytes;
-  Memory memory;
-};
 
 CacheLayout layout_of(const int32_t* shape) {
   return cache_layout(shape[0] ? CacheType::q8 : CacheType::f16, shape[1], shape[2], shape[3]);
