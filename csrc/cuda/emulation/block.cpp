@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 
+#include "guard.h"
 #include "memory.h"
 #include "order.h"
 #include "thread.h"
@@ -22,10 +23,6 @@ namespace {
 
 // Thrown through the kernel's frames, to end a fiber whose thread has noted a defect.
 struct Stop {};
-
-// Lies before and behind a block's shared memory: a NaN in every type, and not what poison is.
-constexpr size_t kGuardBytes = 256;
-constexpr unsigned char kGuard[2] = {0xc5, 0xff};
 
 std::string coordinates(const Dim3& d) {
   return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
@@ -59,8 +56,9 @@ class Block {
   unsigned end_of(unsigned warp) const { return std::min((warp + 1) * kWarpSize, size_); }
 
   std::vector<std::unique_ptr<Thread>> threads_;  // the first size_ of them are this block's
-  std::vector<unsigned char> shared_;
-  unsigned char* shared_begin_ = nullptr;
+  std::vector<unsigned char> shared_ = std::vector<unsigned char>(kSharedBytes + 3 * kGuardBytes);
+  unsigned char* const shared_begin_ = reinterpret_cast<unsigned char*>(
+      (reinterpret_cast<uintptr_t>(shared_.data()) + 2 * kGuardBytes - 1) / kGuardBytes * kGuardBytes);
   const Launch* launch_ = nullptr;
   Dim3 index_;
   unsigned size_ = 0;
@@ -92,12 +90,7 @@ void Block::prepare(const Launch& launch, const Dim3& index) {
   launch_ = &launch;
   index_ = index;
   size_ = launch.shape.block;
-  shared_.resize(launch.shape.shared_bytes + 3 * kGuardBytes);
-  const uintptr_t first = reinterpret_cast<uintptr_t>(shared_.data()) + kGuardBytes;
-  shared_begin_ = reinterpret_cast<unsigned char*>((first + kGuardBytes - 1) / kGuardBytes * kGuardBytes);
-  for (size_t i = 0; i < kGuardBytes; i++) {
-    shared_begin_[i - kGuardBytes] = shared_begin_[launch.shape.shared_bytes + i] = kGuard[i % 2];
-  }
+  set_guards(shared_begin_, launch.shape.shared_bytes);
   memset(shared_begin_, kPoison, launch.shape.shared_bytes);
   for (unsigned i = 0; i < size_; i++) {
     if (i == threads_.size()) threads_.push_back(std::make_unique<Thread>(i));
@@ -185,14 +178,9 @@ void Block::open_barrier() {
 }
 
 void Block::check_guards() const {
-  const size_t bytes = launch_->shape.shared_bytes;
-  for (size_t i = 0; i < kGuardBytes; i++) {
-    const bool behind = shared_begin_[bytes + i] != kGuard[i % 2];
-    if (!behind && shared_begin_[i - kGuardBytes] == kGuard[i % 2]) continue;
-    const std::string place =
-        behind ? std::to_string(i) + " bytes behind" : std::to_string(kGuardBytes - i) + " bytes before";
-    stop("wrote " + place + " its " + std::to_string(bytes) + " bytes of shared memory");
-  }
+  const std::string place = lift_guards(shared_begin_, launch_->shape.shared_bytes);
+  if (place.empty()) return;
+  stop("wrote " + place + " its " + std::to_string(launch_->shape.shared_bytes) + " bytes of shared memory");
 }
 
 // "threads 0-30 wait in shuffle, thread 31 has returned"
@@ -224,15 +212,14 @@ void Block::stop(const Thread& thread, const std::string& what) const {
 
 void check_launch(const Launch& launch) {
   const LaunchShape& s = launch.shape;
-  const size_t most = properties(0).shared_bytes;
   const bool fits = s.grid.x && s.grid.x <= 0x7fffffff && s.grid.y && s.grid.y <= 65535 && s.grid.z &&
-                    s.grid.z <= 65535 && s.block && s.block <= 1024 && s.shared_bytes <= most;
+                    s.grid.z <= 65535 && s.block && s.block <= 1024 && s.shared_bytes <= kSharedBytes;
   if (fits) return;
   throw Error(kPyllamaCudaBadArgument,
               "kernel of " + demangled(launch.name) + ": grid " + coordinates(s.grid) + ", " + std::to_string(s.block) +
                   " threads, " + std::to_string(s.shared_bytes) +
                   " bytes of shared memory; expected 1 to 2147483647 by 65535 by 65535 blocks of" +
-                  " 1 to 1024 threads and at most " + std::to_string(most) + " bytes");
+                  " 1 to 1024 threads and at most " + std::to_string(kSharedBytes) + " bytes");
 }
 
 }  // namespace

@@ -7,14 +7,12 @@
 #include <mutex>
 #include <new>
 
+#include "guard.h"
 #include "thread.h"
 
 namespace pyllama::cuda::emulation {
 
 namespace {
-
-constexpr size_t kGuardBytes = 256;                // and the alignment of a buffer, as cudaMalloc's
-constexpr unsigned char kGuard[2] = {0xc5, 0xff};  // a NaN in every type, and not what poison is
 
 struct Buffer {
   size_t bytes;
@@ -37,23 +35,12 @@ std::string described(const Buffer& buffer) {
   return "\"" + buffer.name + "\" (" + std::to_string(buffer.bytes) + " bytes)";
 }
 
-void set_guards(unsigned char* data, size_t bytes) {
-  for (size_t i = 0; i < kGuardBytes; i++) data[i - kGuardBytes] = data[bytes + i] = kGuard[i % 2];
-}
-
 // "" or where a guard zone is not what it was. Repairs it, so that one defect is reported once.
 std::string damage_of(uintptr_t address, const Buffer& buffer) {
   auto* data = reinterpret_cast<unsigned char*>(address);
-  std::string found;
-  for (size_t i = 0; i < kGuardBytes && found.empty(); i++) {
-    if (data[buffer.bytes + i] != kGuard[i % 2]) {
-      found = "wrote " + std::to_string(i) + " bytes behind " + described(buffer);
-    } else if (data[i - kGuardBytes] != kGuard[i % 2]) {
-      found = "wrote " + std::to_string(kGuardBytes - i) + " bytes before " + described(buffer);
-    }
-  }
-  if (!found.empty()) set_guards(data, buffer.bytes);
-  return found;
+  const std::string place = lift_guards(data, buffer.bytes);
+  set_guards(data, buffer.bytes);
+  return place.empty() ? "" : "wrote " + place + " " + described(buffer);
 }
 
 // "" or why `bytes` from p are not inside a buffer.
@@ -104,6 +91,7 @@ void release(void* data) noexcept {
     const auto at = all.buffers.find(reinterpret_cast<uintptr_t>(data));
     if (all.damage.empty()) all.damage = damage_of(at->first, at->second);
     all.bytes -= at->second.bytes;
+    lift_guards(static_cast<unsigned char*>(data), at->second.bytes);
     all.buffers.erase(at);
   }
   ::operator delete(static_cast<unsigned char*>(data) - kGuardBytes, std::align_val_t{kGuardBytes});

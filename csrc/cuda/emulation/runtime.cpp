@@ -69,11 +69,17 @@ int driver_version() { return 0; }
 int runtime_version() { return 0; }
 int device_count() { return 1; }
 
-// The shared memory is the least of what sm_80 and later offer; a kernel made for sm_75 must ask for 64 KiB at most.
 DeviceProperties properties(int device) {
   use_device(device);
   const size_t used = emulation::allocated_bytes();
-  return {"emulated device", 8, 0, 4, 1 << 20, 99 << 10, emulation::kMemoryBytes, emulation::kMemoryBytes - used};
+  return {"emulated device",
+          8,
+          0,
+          4,
+          1 << 20,
+          emulation::kSharedBytes,
+          emulation::kMemoryBytes,
+          emulation::kMemoryBytes - used};
 }
 
 void use_device(int device) {

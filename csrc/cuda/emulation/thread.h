@@ -14,6 +14,9 @@ namespace pyllama::cuda::emulation {
 
 constexpr unsigned kWarpSize = 32;
 
+// The most that a block can have: the least of what sm_80 and later offer (sm_75: 64 KiB).
+constexpr size_t kSharedBytes = 99 << 10;
+
 // Memory nobody has written holds these bytes: a NaN as float, half and bfloat16, and -1 as an integer.
 constexpr unsigned char kPoison = 0xff;
 
