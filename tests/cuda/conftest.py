@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -85,25 +87,40 @@ class Emulated:
 
 
 def compile_emulated(folder: Path) -> Path:
-    """One library of everything under csrc/cuda that is not for nvcc alone, and of the C++ files of this folder."""
+    """One library of everything under csrc/cuda that is not for nvcc alone, and of the C++ files of this folder.
+    Objects stay in build/cuda-tests until a source, a header or the compiler's command is another one."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler: there is no {compiler[0]} (set CXX)")
     cuda = ROOT / "csrc" / "cuda"
-    sources = [*cuda.glob("emulation/*.cpp"), *cuda.glob("*.cpp"), *Path(__file__).parent.glob("*.cpp")]
+    here = Path(__file__).parent
+    sources = [*cuda.glob("emulation/*.cpp"), *cuda.glob("*.cpp"), *here.glob("*.cpp")]
     sources += [p for p in cuda.glob("*.cu") if p.name != "runtime_cuda.cu"]
     flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fvisibility=hidden"]
     flags += ["-DPYLLAMA_CUDA_EMULATION", f"-I{ROOT / 'csrc'}"]
-    objects = [folder / f"{p.parent.name}-{p.name}.o" for p in sources]
+    headers = sorted(p for place in (ROOT / "csrc", cuda, cuda / "emulation", here) for p in place.glob("*.*h"))
+    common = hashlib.sha256(" ".join([platform.machine(), *compiler, *flags]).encode())
+    for header in headers:
+        common.update(header.read_bytes())
+    kept = ROOT / "build" / "cuda-tests" / hashlib.sha256(" ".join(compiler).encode()).hexdigest()[:8]
+    kept.mkdir(parents=True, exist_ok=True)
 
-    def compile_one(source: Path, target: Path) -> None:
-        done = subprocess.run(
-            [*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    def compile_one(source: Path) -> Path:
+        key = common.copy()
+        key.update(source.read_bytes())
+        target = kept / f"{source.parent.name}-{source.name}-{key.hexdigest()[:16]}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            command = [*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            partial.replace(target)
+        return target
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(compile_one, sources, objects))
+        objects = list(pool.map(compile_one, sources))
+    for old in set(kept.glob("*.o")) - set(objects):
+        old.unlink(missing_ok=True)
     library = folder / "libpyllama_cuda_tests.so"
     subprocess.run([*compiler, "-shared", "-o", str(library), *map(str, objects)], check=True)
     return library

@@ -97,6 +97,26 @@ PYLLAMA_KERNEL void bit_tricks(const Words w) {
 }
 
 // in, out: 1, 2 or 4 words a thread.
+// The same by loads that only even threads make; the others keep what they have.
+template <int n>
+PYLLAMA_KERNEL void load_if(const Words w) {
+  const unsigned i = global_thread();
+  uint32_t words[n];
+  for (unsigned& word : words) word = i;
+  if constexpr (n == 4) {
+    uint4 v = load_once_16(w.in + 4 * (i - i % 2));
+    load_stream_if(v, reinterpret_cast<const uint4*>(w.in) + i, i % 2 == 0);
+    for (int j = 0; j < 4; j++) words[j] = i % 2 ? i : reinterpret_cast<const uint32_t*>(&v)[j];
+  }
+  load_words_if(words, w.in + n * i, i % 2 == 0);
+  for (int j = 0; j < n; j++) w.out[n * i + j] = words[j];
+}
+
+// in, out: one float a thread.
+PYLLAMA_KERNEL void exponential(const Words w) {
+  w.out[global_thread()] = as_bits(exp2_approx(as_float(w.in[global_thread()])));
+}
+
 template <class T>
 PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(1024, 1) void read_only_copy(const Words w) {
   reinterpret_cast<T*>(w.out)[global_thread()] = load_read_only(reinterpret_cast<const T*>(w.in) + global_thread());
@@ -136,6 +156,17 @@ PYLLAMA_DEVICE void product(const Words& w) {
   kBfloat16 ? mma_m16n8k16_bf16(c, x, y) : mma_m16n8k16(c, x, y);
   for (unsigned i = 0; i < 4; i++) w.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = as_bits(c[i]);
 }
+
+// One warp. in: A[16][8], B[8][8], 16 bits; out: A·B in float.
+PYLLAMA_KERNEL void mma_half_short(const Words w) {
+  const unsigned g = lane() / 4, t = lane() % 4;
+  const uint16_t* b = reinterpret_cast<const uint16_t*>(w.in + 64);
+  const uint32_t x[2] = {w.in[4 * g + t], w.in[4 * (g + 8) + t]};
+  float c[4] = {};
+  mma_m16n8k8(c, x, b[16 * t + g] | uint32_t{b[16 * t + 8 + g]} << 16);
+  for (unsigned i = 0; i < 4; i++) w.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = as_bits(c[i]);
+}
+
 PYLLAMA_KERNEL void mma_half(const Words w) { product<false, false>(w); }
 PYLLAMA_KERNEL void mma_half_transposed(const Words w) { product<false, true>(w); }
 PYLLAMA_KERNEL void mma_bfloat16(const Words w) { product<true, false>(w); }
@@ -174,10 +205,15 @@ extern const NamedKernel kHelperKernels[] = {
     {"convert", convert},
     {"half_arithmetic", half_arithmetic},
     {"bit_tricks", bit_tricks},
+    {"load_if_4", load_if<1>},
+    {"load_if_8", load_if<2>},
+    {"load_if_16", load_if<4>},
+    {"exponential", exponential},
     {"wide_copy", wide_copy},
     {"read_only_copy_4", read_only_copy<float>},
     {"read_only_copy_8", read_only_copy<uint2>},
     {"read_only_copy_16", read_only_copy<float4>},
+    {"mma_half_short", mma_half_short},
     {"mma_half", mma_half},
     {"mma_half_transposed", mma_half_transposed},
     {"mma_bfloat16", mma_bfloat16},

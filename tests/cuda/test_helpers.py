@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from tests.cuda.conftest import Emulated
+from tests.cuda.conftest import ROOT, Emulated
 
 RNG = np.random.default_rng
 
@@ -172,6 +175,49 @@ def test_wide_loads_and_stores(emulated: Emulated) -> None:
             f"read_only_copy_{4 * words_each}", words, words.size, grid=(12 // words_each, 1, 1), block=64
         )
         assert (found == words).all()
+
+
+@pytest.mark.parametrize("words_each", [1, 2, 4])
+def test_loads_that_only_some_lanes_make(emulated: Emulated, words_each: int) -> None:
+    """The others' addresses are not looked at: the last thread's lies behind the buffer."""
+    words = RNG(10).integers(0, 2**32, (63, words_each), np.uint32)
+    kernel = f"load_if_{4 * words_each}"
+    found = emulated.run(kernel, words, 64 * words_each, block=64).reshape(64, -1)
+    assert (found[::2] == words[::2]).all()
+    assert (found[1::2] == np.arange(1, 64, 2)[:, None]).all()
+
+
+def test_powers_of_two(emulated: Emulated) -> None:
+    x = np.concatenate([RNG(11).uniform(-150, 130, 1018), [0, -np.inf, np.inf, np.nan, -126, -126.5]]).astype(
+        np.float32
+    )
+    found = emulated.run("exponential", x, 1024, grid=(4, 1, 1), block=256).view(np.float32)
+    with np.errstate(over="ignore"):
+        expected = np.exp2(x.astype(np.float64))
+    expected[expected < 2.0**-126] = 0
+    finite = np.isfinite(expected) & (expected < 3e38)
+    assert (np.abs(found[finite] - expected[finite]) <= expected[finite] * 2.0**-22).all()
+    assert same_numbers(found[1019:1022], np.array([0, np.inf, np.nan], np.float32)).all()
+    assert np.isinf(found[x >= 128]).all()
+
+
+def test_the_short_product(emulated: Emulated) -> None:
+    rng = RNG(12)
+    a, b = rng.standard_normal((16, 8)).astype(np.float16), rng.standard_normal((8, 8)).astype(np.float16)
+    words = np.concatenate([a.ravel(), b.ravel()]).view(np.uint32)
+    found = emulated.in_all_orders(lambda: emulated.run("mma_half_short", words, 128)).view(np.float32)
+    expected = a.astype(np.float64) @ b.astype(np.float64)
+    assert (np.abs(found.reshape(16, 8) - expected) <= np.abs(expected) * 2.0**-24 * 1.0001).all()
+
+
+def test_every_helper_is_tested() -> None:
+    """What device.h offers stands in helper_kernels.cpp, which also goes through nvcc (scripts/check_device.sh)."""
+    header = (ROOT / "csrc" / "cuda" / "device.h").read_text()
+    header = re.sub(r"namespace detail \{.*?\}  // namespace detail", "", header, flags=re.DOTALL)
+    helpers = set(re.findall(r"^(?:PYLLAMA_DEVICE|inline) (?:\w+[ *&]+)+(\w+)\(", header, re.MULTILINE))
+    assert len(helpers) > 50
+    kernels = (Path(__file__).parent / "helper_kernels.cpp").read_text()
+    assert {h for h in helpers if not re.search(rf"\b{h}\b", kernels)} == set()
 
 
 @pytest.mark.parametrize("kernel", ["mma_half", "mma_half_transposed", "mma_bfloat16", "mma_bfloat16_transposed"])
