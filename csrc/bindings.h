@@ -1,8 +1,12 @@
-// What the files bindings*.cpp share: the Python-owned weight. Only they include pybind11.
+// What the files bindings*.cpp share: the Python-owned weight, and how results become Python's. Only they include
+// pybind11.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
+#include "model/sampler.h"
 #include "tensor.h"
 
 namespace pyllama {
@@ -14,7 +18,20 @@ struct PyWeight {
   pybind11::object owner;  // whatever exported the buffer
 };
 
-void bind_ops(pybind11::module_& module);  // bindings_ops.cpp: the submodule `ops`
-void bind_cuda(pybind11::module_ module);  // bindings_cuda.cpp: the submodule `cuda`
+// An object that Python has just made, or the error that kept it from it. The library's own types and casts are not
+// meant for want of memory: they may leave a null reference, or end the process.
+inline pybind11::object owned(PyObject* made) {
+  if (made == nullptr) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(made);
+}
+
+// The StepResults of a call: what was sampled for each item, and its logits or None.
+pybind11::object make_results(const std::vector<std::vector<Sampled>>& sampled,
+                              const std::vector<pybind11::object>& logits);
+
+void bind_sampler(pybind11::module_& module);   // bindings_sampler.cpp
+void bind_sampler_math(pybind11::module_ ops);  // bindings_sampler.cpp: the sampler's arithmetic
+void bind_ops(pybind11::module_& module);       // bindings_ops.cpp: the submodule `ops`
+void bind_cuda(pybind11::module_ module);       // bindings_cuda.cpp: the submodule `cuda`
 
 }  // namespace pyllama
