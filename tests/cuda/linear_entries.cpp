@@ -3,7 +3,9 @@
 #include <cstring>
 #include <vector>
 
+#include "array.h"
 #include "cuda/dequant.cuh"
+#include "cuda/embedding.h"
 #include "cuda/fragments.h"
 #include "cuda/linear_few.h"
 #include "entry.h"
@@ -126,6 +128,23 @@ PYLLAMA_TEST_ENTRY int make_fragments(const int64_t* described, int64_t n, const
     stream.copy_to_host(codes, w.codes.data(), w.sizes.codes_bytes);
     if (w.sizes.scales_bytes) stream.copy_to_host(scales, w.scales.data(), w.sizes.scales_bytes);
     stream.copy_to_host(row_scales, w.row_scales.data(), w.sizes.row_scales_bytes);
+    stream.wait();
+  });
+}
+
+// x: [n_tok][columns]: rows of a matrix.
+PYLLAMA_TEST_ENTRY int embed_tokens(const int64_t* described, const uint8_t* payload, int64_t payload_bytes,
+                                    const int32_t* tokens, int64_t n_tok, const int32_t* input_order, int64_t has_order,
+                                    float* x) {
+  return guarded([&] {
+    Stream stream;
+    const Described from(stream, described, 1, payload, payload_bytes);
+    const OnDevice w(stream, from, nullptr);
+    const size_t rows = static_cast<size_t>(n_tok), columns = static_cast<size_t>(w.f.columns);
+    const Array<int32_t> ids(stream, tokens, rows), order(stream, input_order, has_order ? columns : 0);
+    const Memory out(4 * rows * columns, "x");
+    embed(stream, w.f, ids.data(), static_cast<int>(n_tok), has_order ? order.data() : nullptr, out.as<float>());
+    stream.copy_to_host(x, out.data(), out.bytes());
     stream.wait();
   });
 }
