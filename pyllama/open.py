@@ -28,7 +28,7 @@ from .native import load_native
 from .rope import inv_freq
 
 DEMO = "demo"
-_SETTLE_S = 0.1  # at most, while a model is opened
+SETTLE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,19 @@ def _not_found(name: str) -> str:
 # -------------------------------------------------------------------------------- our own folder
 
 
-def load_folder(path: Path, *, mmap: bool = True) -> OpenedModel:
-    """Opens a folder that `quantize` wrote. Raises ModelFormatError."""
+def load_folder(path: Path, *, mmap: bool = True, settle_s: float = SETTLE_S) -> OpenedModel:
+    """Opens a folder that `quantize` wrote. Raises ModelFormatError.
+
+    `settle_s`: seconds for having the system keep the weights in huge pages, from which a token reads them faster
+    (docs/KERNELS.md). Copying a file, among others, leaves it in small ones; what is left waits for the next opening.
+    """
     from .chat_template import ChatTemplate
     from .tokenizer import Tokenizer
 
     folder = read_model_folder(path, use_mmap=mmap)
     tokenizer = Tokenizer.from_folder(path)
     weights = _native_weights(folder)
-    _settle(folder)
+    _settle(folder, settle_s)
     return OpenedModel(
         path=path,
         config=folder.config,
@@ -152,13 +156,8 @@ def native_weight(spec: Any, payload: Any) -> Any:
     )
 
 
-def _settle(folder: ModelFolder) -> None:
-    """Has the system keep the weights in huge pages, from which a token reads them faster (docs/KERNELS.md).
-
-    Copying a file, among others, leaves it in small ones. Reading again what is cached takes `_SETTLE_S` at most; what
-    is left by then waits for the next time.
-    """
-    end = time.monotonic() + _SETTLE_S
+def _settle(folder: ModelFolder, seconds: float) -> None:
+    end = time.monotonic() + seconds
     for file in {id(tensor.file): tensor.file.file for tensor in folder.tensors.values()}.values():
         mapped = file.mapped()
         if mapped is not None:
