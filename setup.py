@@ -1,7 +1,8 @@
-"""Builds the extension pyllama._C with CMake; everything else about the package stands in pyproject.toml.
+"""Builds the extension pyllama._C with CMake, and the CUDA library beside it where there is an nvcc; everything else
+about the package stands in pyproject.toml.
 
 Environment: PYLLAMA_BUILD_DIR (objects; kept, so that a rebuild takes seconds), PYLLAMA_WERROR=1, PYLLAMA_SANITIZE=1,
-CXX, CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL.
+PYLLAMA_CUDA=AUTO|ON|OFF, PYLLAMA_CUDA_ARCHS (docs/GPU.md), CXX, CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL.
 Compiles nothing itself and chooses no instruction set: CMakeLists.txt does.
 """
 
@@ -19,6 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA_LIBRARY = "libpyllama_cuda.so"
 
 
 def build_dir() -> Path:
@@ -44,6 +46,11 @@ def parallel_jobs() -> str:
     return os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(cores)
 
 
+def cuda_wish() -> str:
+    """AUTO, ON or OFF; CMake refuses anything else."""
+    return os.environ.get("PYLLAMA_CUDA") or "AUTO"
+
+
 def require_compiler() -> None:
     """Says what is missing before CMake says it in forty lines."""
     wanted = os.environ.get("CXX")
@@ -59,7 +66,7 @@ def require_compiler() -> None:
 
 
 class CMakeBuild(build_ext):
-    """build_ext that lets CMake make the one extension and copies it to where setuptools wants it."""
+    """build_ext that lets CMake make extension and CUDA library, and copies both to where setuptools wants them."""
 
     def build_extension(self, ext: Extension) -> None:
         require_compiler()
@@ -71,10 +78,38 @@ class CMakeBuild(build_ext):
         folder = build_dir()
         folder.mkdir(parents=True, exist_ok=True)
         self._run([cmake, "-S", str(ROOT), "-B", str(folder), *self._configure_arguments(folder)])
-        self._run([cmake, "--build", str(folder), "--parallel", parallel_jobs()])
+        build = [cmake, "--build", str(folder), "--parallel", parallel_jobs(), "--target"]
+        self._run([*build, "_C"])
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(folder / "lib" / target.name), str(target))
+        self._build_cuda(build, folder / "lib" / CUDA_LIBRARY, target.parent / CUDA_LIBRARY)
+
+    def copy_extensions_to_source(self) -> None:
+        """What an editable install and --inplace do with the extension, for the library beside it as well."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            build_py = self.get_finalized_command("build_py")
+            package = Path(build_py.get_package_dir(ext.name.rpartition(".")[0]))
+            made = Path(self.build_lib, self.get_ext_filename(ext.name)).parent / CUDA_LIBRARY
+            self._replace(made, package / CUDA_LIBRARY)
+
+    def _build_cuda(self, build: list[str], made: Path, target: Path) -> None:
+        """The CUDA library into `target`. Nobody needs it who did not ask for it: then a failure is only told."""
+        try:
+            self._run([*build, "cuda_library"])
+        except SystemExit as error:
+            if cuda_wish() == "ON" or os.environ.get("PYLLAMA_WERROR") == "1":
+                raise
+            print(f"{error}\npyllama: the CUDA library could not be built; going on without it", file=sys.stderr)
+            made.unlink(missing_ok=True)
+        self._replace(made, target)
+
+    def _replace(self, made: Path, target: Path) -> None:
+        """Copies, if there is something. A library of an earlier build never stays: it would pass for this one's."""
+        target.unlink(missing_ok=True)
+        if made.exists():
+            self.copy_file(str(made), str(target))
 
     def _configure_arguments(self, folder: Path) -> list[str]:
         import pybind11
@@ -87,6 +122,8 @@ class CMakeBuild(build_ext):
             f"-DPYLLAMA_WERROR={flag[os.environ.get('PYLLAMA_WERROR') == '1']}",
             f"-DPYLLAMA_SANITIZE={flag[os.environ.get('PYLLAMA_SANITIZE') == '1']}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPYLLAMA_CUDA={cuda_wish()}",
+            f"-DPYLLAMA_CUDA_ARCHS={os.environ.get('PYLLAMA_CUDA_ARCHS') or 'AUTO'}",
         ]
         ninja = find_tool("ninja")
         if not (folder / "CMakeCache.txt").exists() and ninja:

@@ -103,7 +103,7 @@ void CudaLibrary::check_result(int kind) const {
   table_.driver(&runs);
   switch (kind) {
     case kPyllamaCudaNoDriver:
-      throw DeviceError(message("no NVIDIA driver was found (", text, "); install one, or use device=\"cpu\""));
+      throw DeviceError(message("no NVIDIA driver was found (", text, ")"));
     case kPyllamaCudaDriverTooOld:
       throw DeviceError(message("the NVIDIA driver is too old: it runs CUDA ", version_text(runs),
                                 ", pyllama's CUDA library was built with ", version_text(built.toolkit),

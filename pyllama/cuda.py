@@ -16,7 +16,7 @@ CANNOT_RUN = "this version of pyllama cannot run models on CUDA yet"
 
 @dataclass(frozen=True)
 class CudaReport:
-    """`library`: how it was built, None if it cannot be opened; `devices`: a line each; `trouble`: why there are none."""
+    """`library`: how it was built, None if it cannot be opened; `devices`: a line each; `trouble`: why not, or None."""
 
     library: str | None
     devices: list[str]

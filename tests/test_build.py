@@ -51,7 +51,7 @@ def test_every_source_is_built_and_nothing_else(commands: dict[str, list[str]]) 
     arm = platform.machine() in ("aarch64", "arm64")
     foreign = {s for s in sources if re.search("/kernels_avx" if arm else "/kernels_neon", s)}
     assert foreign
-    assert set(commands) == sources - foreign
+    assert {c for c in commands if not c.startswith("csrc/cuda/")} == sources - foreign
 
 
 def test_results_do_not_depend_on_the_building_machine(commands: dict[str, list[str]]) -> None:
@@ -76,16 +76,18 @@ def test_only_kernels_are_compiled_for_an_instruction_set(commands: dict[str, li
 def configure(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     cmake = pytest.importorskip("cmake", reason="cmake is not installed as a Python package (pip install '.[dev]')")
     program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
-    command = [program, "-S", str(tree), "-B", str(tree / "out"), f"-DPython_EXECUTABLE={sys.executable}", *arguments]
+    wishes = [f"-DPython_EXECUTABLE={sys.executable}", "-DPYLLAMA_CUDA=OFF", *arguments]
+    command = [program, "-S", str(tree), "-B", str(tree / "out"), *wishes]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture
 def small_tree(tmp_path: Path) -> Path:
     """CMakeLists.txt over a csrc of empty files."""
-    for name in ("CMakeLists.txt", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("tensor", "bindings", "model/model", "cpu/kernels_scalar"):
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    for name in ("CMakeLists.txt", "pyproject.toml", "csrc/cuda/CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("tensor", "bindings", "model/model", "cpu/kernels_scalar", "cuda/library"):
         path = tmp_path / "csrc" / f"{name}.cpp"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
@@ -112,6 +114,67 @@ def test_every_architecture_builds_its_own_kernels(small_tree: Path, processor: 
     assert done.returncode == 0, done.stderr
     built = {Path(e["file"]).name for e in json.loads((small_tree / "out/compile_commands.json").read_text())}
     assert built == {"tensor.cpp", "bindings.cpp", "model.cpp"} | {f"kernels_{isa}.cpp" for isa in kernels}
+
+
+def fake_nvcc(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> Path:
+    """A program in nvcc's place that notes its arguments and ends so; returns the note."""
+    note = folder / "nvcc.txt"
+    program = folder / "nvcc"
+    program.write_text(f'#!/bin/sh\necho "$*" >>"{note}"\necho "the words of nvcc" >&2\nexit {status}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(program))
+    return note
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_an_nvcc_that_does_not_work(small_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = fake_nvcc(small_tree, monkeypatch, 1)
+    done = configure(small_tree, "-DPYLLAMA_CUDA=AUTO")
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA library" in done.stdout and "the words of nvcc" in done.stdout
+    assert note.exists()
+    done = configure(small_tree, "-DPYLLAMA_CUDA=ON")
+    assert done.returncode != 0
+    assert "PYLLAMA_CUDA=ON, but the CUDA library cannot be built" in one_line(done.stderr)
+    assert "the words of nvcc" in done.stderr
+    note.unlink()
+    assert configure(small_tree, "-DPYLLAMA_CUDA=OFF").returncode == 0
+    assert not note.exists()
+
+
+def test_an_nvcc_that_is_not_there(small_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDACXX", str(small_tree / "no-nvcc"))
+    assert configure(small_tree, "-DPYLLAMA_CUDA=AUTO").returncode == 0
+    done = configure(small_tree, "-DPYLLAMA_CUDA=ON")
+    assert done.returncode != 0 and "no-nvcc" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wish", "codes"),
+    [
+        ("all", {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "compute_90", "sm_120"}),
+        ("86", {"sm_86"}),
+        ("80, 90+PTX", {"sm_80", "sm_90", "compute_90"}),
+    ],
+)
+def test_architectures(small_tree: Path, monkeypatch: pytest.MonkeyPatch, wish: str, codes: set[str]) -> None:
+    note = fake_nvcc(small_tree, monkeypatch, 0)
+    done = configure(small_tree, "-DPYLLAMA_CUDA=ON", f"-DPYLLAMA_CUDA_ARCHS={wish}", "-DPYLLAMA_WERROR=ON")
+    assert done.returncode == 0, done.stderr
+    words = note.read_text()
+    assert set(re.findall(r",code=(\w+)", words)) == codes
+    assert "-cudart static" in words and "-fmad=false" in words and "-Werror=all-warnings" in words
+
+
+def test_wishes_that_cannot_be_met_are_named(small_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvcc(small_tree, monkeypatch, 0)
+    done = configure(small_tree, "-DPYLLAMA_CUDA=YES")
+    assert done.returncode != 0 and "PYLLAMA_CUDA=YES: expected AUTO, ON or OFF" in one_line(done.stderr)
+    done = configure(small_tree, "-DPYLLAMA_CUDA=AUTO", "-DPYLLAMA_CUDA_ARCHS=86 hopper")
+    assert done.returncode != 0 and "'hopper' is no architecture" in one_line(done.stderr)
 
 
 @pytest.mark.parametrize(

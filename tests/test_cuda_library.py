@@ -22,7 +22,7 @@ from pyllama.cli.main import main
 from pyllama.cuda import CANNOT_RUN, examine_cuda
 from pyllama.native import load_native
 
-from .helpers_elf import needed_libraries
+from .helpers_elf import needed_libraries, shown_symbols
 
 ROOT = Path(__file__).resolve().parent.parent
 Make = Callable[..., Path]
@@ -202,6 +202,7 @@ def test_a_device_without_code_for_it(make_fake: Make) -> None:
 
 def test_doctor_shows_it(make_fake: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("PYLLAMA_ISA", raising=False)
+    monkeypatch.setattr("pyllama.doctor._PROBE_BYTES", 1 << 60)  # nobody has as much: the memory is not measured
     use(monkeypatch, make_fake())
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -246,6 +247,26 @@ def test_the_extension_needs_nothing_of_cuda() -> None:
     needed = needed_libraries(Path(load_native().__file__))
     assert any(name.startswith("libc.") for name in needed)
     assert [name for name in needed if "cuda" in name.lower() or "nv" in name.lower()] == []
+
+
+def test_the_library_that_was_built() -> None:
+    """With nvcc there is one beside the extension: it hides its runtime, and opens where no driver is."""
+    path = Path(load_native().__file__).parent / "libpyllama_cuda.so"
+    if not path.exists():
+        pytest.skip("this build has no CUDA library (no nvcc, or PYLLAMA_CUDA=OFF)")
+    assert shown_symbols(path) == {"pyllama_cuda_table"}
+    assert [name for name in needed_libraries(path) if "cuda" in name] == []
+    cuda = load_native().cuda
+    build = cuda.build(str(path))
+    assert build["toolkit"] >= 11000 and not build["emulated"] and build["architectures"]
+    with pytest.raises(ValueError, match="expected a multiple of 16"):
+        cuda.read_bandwidth(str(path), 0, 3)
+    try:
+        n_devices = len(cuda.devices(str(path)))
+    except DeviceError as error:
+        assert any(words in str(error) for words in ("no NVIDIA driver", "driver is too old", "no NVIDIA device"))
+    else:
+        assert all(cuda.read_bandwidth(str(path), i, 64 << 20) > 1 for i in range(n_devices))
 
 
 def test_many_threads_open_one_library(make_fake: Make) -> None:

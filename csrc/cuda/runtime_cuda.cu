@@ -1,0 +1,221 @@
+// runtime.h over the CUDA runtime, which is linked statically and finds the driver by itself when it is first called.
+// Maps CUDA's error codes to the kinds of api.h. Has no kernel and knows none.
+#include <cuda_runtime.h>
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <memory>
+
+#include "runtime.h"
+
+namespace pyllama::cuda {
+namespace {
+
+// What the driver can run; 0: there is none. Needs no device.
+int driver_or_none() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int kind_of(cudaError_t code) {
+  switch (code) {
+    case cudaErrorInsufficientDriver:  // also when there is none at all
+      return driver_or_none() == 0 ? kPyllamaCudaNoDriver : kPyllamaCudaDriverTooOld;
+    case cudaErrorStubLibrary:
+      return kPyllamaCudaNoDriver;
+    case cudaErrorNoDevice:
+      return kPyllamaCudaNoDevice;
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorUnsupportedPtxVersion:
+      return kPyllamaCudaArchitectureNotBuilt;
+    case cudaErrorMemoryAllocation:
+      return kPyllamaCudaOutOfMemory;
+    case cudaErrorInvalidDevice:
+      return kPyllamaCudaBadArgument;
+    default:
+      return kPyllamaCudaInternal;
+  }
+}
+
+constexpr const char* kNoDriver = "libcuda.so.1 is not there or does not answer";
+
+void check(cudaError_t code, const std::string& what) {
+  if (code == cudaSuccess) return;
+  cudaGetLastError();  // has been told: the next call must not find it again
+  const int kind = kind_of(code);
+  if (kind == kPyllamaCudaNoDriver) throw Error(kind, kNoDriver);  // CUDA's own words speak of an old one
+  throw Error(kind, what + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ")");
+}
+
+std::string readable(const char* mangled) {
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(mangled, nullptr, nullptr, &status), std::free);
+  return status == 0 ? name.get() : mangled;
+}
+
+// Launches happen often: their names are made readable only for an error.
+void check_launch(cudaError_t code, const char* mangled) {
+  if (code != cudaSuccess) check(code, readable(mangled));
+}
+
+int attribute(int device, cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "device " + std::to_string(device));
+  return value;
+}
+
+cudaStream_t raw(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle()); }
+cudaEvent_t raw(const Event& event) { return static_cast<cudaEvent_t>(event.handle()); }
+cudaGraphExec_t raw(const Graph& graph) { return static_cast<cudaGraphExec_t>(graph.handle()); }
+
+// Code for sm_90 and later alone waits for the kernel before it: what was compiled from the PTX of an older
+// architecture has no such instruction and must not start early, even on a device that could.
+bool may_start_early(const void* kernel, const char* name) {
+  cudaFuncAttributes found{};
+  check_launch(cudaFuncGetAttributes(&found, kernel), name);
+  return found.ptxVersion >= 90;
+}
+
+}  // namespace
+
+bool emulated() { return false; }
+
+int runtime_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  const int version = driver_or_none();
+  if (version == 0) throw Error(kPyllamaCudaNoDriver, kNoDriver);
+  return version;
+}
+
+int device_count() {
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "looking for devices");
+  if (count == 0) throw Error(kPyllamaCudaNoDevice, "the driver counts 0 devices");
+  return count;
+}
+
+void use_device(int device) { check(cudaSetDevice(device), "device " + std::to_string(device)); }
+
+DeviceProperties properties(int device) {
+  cudaDeviceProp found{};
+  check(cudaGetDeviceProperties(&found, device), "device " + std::to_string(device));
+  use_device(device);
+  size_t free_bytes = 0, memory_bytes = 0;
+  check(cudaMemGetInfo(&free_bytes, &memory_bytes), "memory of device " + std::to_string(device));
+  return {found.name,
+          found.major,
+          found.minor,
+          found.multiProcessorCount,
+          static_cast<size_t>(found.l2CacheSize),
+          static_cast<size_t>(attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+          memory_bytes,
+          free_bytes};
+}
+
+// ---- memory
+
+Memory::Memory(size_t bytes, const char* name) : bytes_(bytes) {
+  check(cudaMalloc(&data_, bytes), std::string(name) + ", " + std::to_string(bytes) + " bytes");
+}
+Memory::~Memory() { cudaFree(data_); }
+
+HostMemory::HostMemory(size_t bytes) {
+  check(cudaMallocHost(&data_, bytes), std::to_string(bytes) + " bytes of pinned memory");
+}
+HostMemory::~HostMemory() { cudaFreeHost(data_); }
+
+// ---- events and graphs
+
+Event::Event() {
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreate(&event), "making an event");
+  handle_ = event;
+}
+Event::~Event() { cudaEventDestroy(raw(*this)); }
+
+double seconds_between(const Event& begin, const Event& end) {
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, raw(begin), raw(end)), "the time between two events");
+  return milliseconds / 1e3;
+}
+
+Graph::~Graph() {
+  if (handle_ != nullptr) cudaGraphExecDestroy(raw(*this));
+}
+
+// ---- streams
+
+Stream::Stream() {
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+  handle_ = stream;
+}
+Stream::~Stream() { cudaStreamDestroy(raw(*this)); }
+
+void Stream::copy_to_device(void* device, const void* host, size_t bytes) {
+  check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, raw(*this)), "copying to the device");
+}
+
+void Stream::copy_to_host(void* host, const void* device, size_t bytes) {
+  check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, raw(*this)), "copying to the host");
+}
+
+void Stream::copy_on_device(void* to, const void* from, size_t bytes) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, raw(*this)), "copying on the device");
+}
+
+void Stream::fill(void* device, unsigned char value, size_t bytes) {
+  check(cudaMemsetAsync(device, value, bytes, raw(*this)), "filling memory");
+}
+
+void Stream::record(const Event& event) { check(cudaEventRecord(raw(event), raw(*this)), "recording an event"); }
+
+void Stream::wait_for(const Event& event) {
+  check(cudaStreamWaitEvent(raw(*this), raw(event), 0), "waiting for an event");
+}
+
+void Stream::run(const Graph& graph) { check(cudaGraphLaunch(raw(graph), raw(*this)), "running a graph"); }
+
+void Stream::wait() { check(cudaStreamSynchronize(raw(*this)), "work on the device"); }
+
+void Stream::begin_recording() {
+  check(cudaStreamBeginCapture(raw(*this), cudaStreamCaptureModeThreadLocal), "recording a graph");
+}
+
+Graph Stream::end_recording() {
+  cudaGraph_t recorded = nullptr;
+  check(cudaStreamEndCapture(raw(*this), &recorded), "recording a graph");
+  cudaGraphExec_t ready = nullptr;
+  const cudaError_t code = cudaGraphInstantiate(&ready, recorded, 0);
+  cudaGraphDestroy(recorded);
+  check(code, "making a graph ready");
+  return Graph(ready);
+}
+
+void Stream::launch_kernel(const char* name, const void* kernel, void (*)(const void*, const void*), const void* args,
+                           size_t, const LaunchShape& shape) {
+  constexpr size_t kSharedWithoutAsking = 48 << 10;
+  if (shape.shared_bytes > kSharedWithoutAsking)
+    check_launch(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
+        name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(shape.grid.x, shape.grid.y, shape.grid.z);
+  config.blockDim = dim3(shape.block, 1, 1);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = raw(*this);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  if (shape.start == Start::kEarly && may_start_early(kernel, name)) {
+    config.attrs = &early;
+    config.numAttrs = 1;
+  }
+  void* arguments[] = {const_cast<void*>(args)};
+  check_launch(cudaLaunchKernelExC(&config, kernel, arguments), name);
+}
+
+}  // namespace pyllama::cuda
