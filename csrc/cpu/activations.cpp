@@ -54,6 +54,7 @@ void put_in_tiles(const XBlock* x, int m, int M, int blocks, int begin, int end,
     if (!pairs) {
       std::memcpy(tile[b].q[m % 16], x[b].q, sizeof x[b].q);
       tile[b].scale[m % 16] = x[b].scale;
+      tile[b].shift[m % 16] = x[b].shift;
       continue;
     }
     XPair& pair = reinterpret_cast<XPair*>(tile)[b / 2];
@@ -61,6 +62,7 @@ void put_in_tiles(const XBlock* x, int m, int M, int blocks, int begin, int end,
     std::memcpy(row + b % 2 * 32, x[b].q, sizeof x[b].q);
     std::memset(row + (1 - b % 2) * 32, 0, sizeof x[b].q);
     pair.scale[b % 2][m % 16] = x[b].scale;
+    pair.shift[b % 2][m % 16] = x[b].shift;
   }
 }
 

@@ -28,14 +28,14 @@ constexpr int32_t kDotOrigin =
 // 32 columns of sixteen tokens, as a tile unit takes them.
 struct XTile {
   int8_t q[16][32];
-  float scale[16];
+  float scale[16], shift[16];  // as in XBlock
 };
 
 // 64 columns of up to eight tokens, where a step has no more of them or the last tokens are so few: token m's first 32
 // columns begin row m, the others end row 8 + m, and zeros beside them keep their sums apart.
 struct XPair {
   int8_t q[16][64];
-  float scale[2][8];
+  float scale[2][8], shift[2][8];
 };
 static inline bool in_pairs(int tok) { return tok <= 8; }
 

@@ -66,6 +66,13 @@ PYLLAMA_INLINE void tile_dot() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
 }
 
+// acc = fma(dot · xscale, wscale, acc). The unit for tiles takes one of the two that multiply, convert and add floats,
+// so the sums become floats by an integer addition: of the bits of 1.5·2^23, which leave again as shift.
+PYLLAMA_INLINE VF add_dots(const int32_t (&dots)[16], VF xscale, VF xshift, VF wscale, VF acc) {
+  const VI bits = vi_add(vi_set1(kDotOrigin), _mm512_load_si512(dots));
+  return vf_fma(vf_fma(vf_bits(bits), xscale, xshift), wscale, acc);
+}
+
 }  // namespace
 
 #include "kernels_amx_few.inc"
@@ -106,7 +113,7 @@ PYLLAMA_INLINE void scale_block(const Dots& dots, const XTile& x, const float (&
   const VF by_row = vf_load(scale);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
-    acc[i] = vf_fma(vf_mul(vf_set1(x.scale[i]), vf_from_i(_mm512_load_si512(dots[i]))), by_row, acc[i]);
+    acc[i] = add_dots(dots[i], vf_set1(x.scale[i]), vf_set1(x.shift[i]), by_row, acc[i]);
   }
 }
 
