@@ -76,6 +76,7 @@ test-arm: dev  ## the same on an emulated 64-bit ARM processor, cross-compiled
 check-cuda: $(VENV)/.pyllama-dev  ## compile every CUDA kernel for every architecture: spills, registers, instructions (with nvcc)
 	@if command -v nvcc >/dev/null; then $(PIP) install "nvidia-cuda-nvdisasm>=13" || true; fi
 	$(PY) scripts/check_cuda.py
+	@if command -v nvcc >/dev/null; then scripts/check_device.sh; fi
 
 asan: $(VENV)/.pyllama-dev  ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	VENV=$(VENV) scripts/asan.sh $(PYTEST_ARGS)

@@ -162,10 +162,12 @@ def test_an_nvcc_that_is_not_there(small_tree: Path, monkeypatch: pytest.MonkeyP
 )
 def test_architectures(small_tree: Path, monkeypatch: pytest.MonkeyPatch, wish: str, codes: set[str]) -> None:
     note = fake_nvcc(small_tree, monkeypatch, 0)
+    monkeypatch.setenv("CUDAHOSTCXX", "/some/other/c++")
     done = configure(small_tree, "-DPYLLAMA_CUDA=ON", f"-DPYLLAMA_CUDA_ARCHS={wish}", "-DPYLLAMA_WERROR=ON")
     assert done.returncode == 0, done.stderr
     words = note.read_text()
     assert set(re.findall(r",code=(\w+)", words)) == codes
+    assert "-ccbin /some/other/c++ " in words
     assert "-cudart static" in words and "-fmad=false" in words and "-Werror=all-warnings" in words
 
 
