@@ -118,8 +118,11 @@ class Ours:
     def _matmuls(self, work: Work) -> float:
         """Of a prompt's seconds those that inside the layers' products."""
         self._model.profile(True)
-        self._prefill(work)
-        return float(self._model.profile(False)["products"])
+        try:
+            self._prefill(work)
+        finally:
+            found = self._model.profile(False)
+        return float(found["products"])
 
     def _python(self, work: Work) -> float:
         """Seconds outside of the engine for each token: the median between two calls, times their number."""
@@ -183,12 +186,13 @@ class Ours:
 def _without_tokenizer(path: Path, load_folder: Callable[..., Any]) -> Any:
     """Opens a folder even if it has no tokenizer, which a random one lacks."""
     from pyllama.common.model_folder import read_model_folder
-    from pyllama.open import OpenedModel, native_weight
+    from pyllama.open import OpenedModel, native_weight, settle
 
     if any(path.glob("tokenizer*")):
         return load_folder(path, settle_s=_SETTLE_S)
     folder = read_model_folder(path)
     weights = {name: native_weight(tensor.spec, tensor.payload()) for name, tensor in folder.tensors.items()}
+    settle(folder, _SETTLE_S)
     return OpenedModel(path, folder.config, weights, None, None, {})
 
 

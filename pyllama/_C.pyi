@@ -100,7 +100,8 @@ def read_bandwidth(threads: int, seconds: float, weights: Seq[Weight] = ()) -> f
 def settle_in_huge_pages(fd: int, mapped: NDArray[np.uint8], seconds: float) -> int:
     """Has a file, mapped whole and as far as it is cached, cached in huge pages: small ones are dropped and read again.
 
-    Returns the number of blocks of 2 MB that were brought, 0 where the system cannot; stops after `seconds`.
+    Returns the number of blocks of 2 MB that were brought; begins none after `seconds`. 0 where the system cannot: it
+    takes Linux 6.7, a file system that keeps files in huge pages, and (6.14) a file that is one's own or may be written.
     """
 def int8_peak(threads: int, seconds: float, isa: str = "") -> float: ...   # 1e9 operations/s of isa's int8 dot products (amx: tiles); a multiply-add is two
 

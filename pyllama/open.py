@@ -115,8 +115,7 @@ def _not_found(name: str) -> str:
 def load_folder(path: Path, *, mmap: bool = True, settle_s: float = SETTLE_S) -> OpenedModel:
     """Opens a folder that `quantize` wrote. Raises ModelFormatError.
 
-    `settle_s`: seconds for having the system keep the weights in huge pages, from which a token reads them faster
-    (docs/KERNELS.md). Copying a file, among others, leaves it in small ones; what is left waits for the next opening.
+    `settle_s`: what `settle` may take of the opening; what is left in small pages waits for the next one.
     """
     from .chat_template import ChatTemplate
     from .tokenizer import Tokenizer
@@ -124,7 +123,7 @@ def load_folder(path: Path, *, mmap: bool = True, settle_s: float = SETTLE_S) ->
     folder = read_model_folder(path, use_mmap=mmap)
     tokenizer = Tokenizer.from_folder(path)
     weights = _native_weights(folder)
-    _settle(folder, settle_s)
+    settle(folder, settle_s)
     return OpenedModel(
         path=path,
         config=folder.config,
@@ -156,7 +155,12 @@ def native_weight(spec: Any, payload: Any) -> Any:
     )
 
 
-def _settle(folder: ModelFolder, seconds: float) -> None:
+def settle(folder: ModelFolder, seconds: float) -> None:
+    """Has the system keep the folder's mapped weights in huge pages, from which a token reads them faster.
+
+    Copying a file, among others, leaves it in small ones. Stops after about `seconds`; does nothing where the system
+    or the file system cannot (docs/KERNELS.md says what it takes).
+    """
     end = time.monotonic() + seconds
     for file in {id(tensor.file): tensor.file.file for tensor in folder.tensors.values()}.values():
         mapped = file.mapped()

@@ -278,5 +278,16 @@ def test_our_side_times_every_kind_of_work(tiny: Path) -> None:
     assert payload + 4 * 4 * 256 <= ours.info()["weight_bytes"] <= payload * 1.01 + 4 * 4 * 256
 
 
+def test_our_side_settles_folders_without_a_tokenizer_too(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyllama._C")
+    from benchmarks.side_ours import Ours
+
+    settled: list[set[str]] = []
+    monkeypatch.setattr("pyllama.open.settle", lambda folder, seconds: settled.append(set(folder.tensors)))
+    Ours(str(tiny), threads=1)
+    (names,) = settled
+    assert "tok_embeddings" in names and not any(tiny.glob("tokenizer*"))
+
+
 def test_tokens_are_the_same_in_every_process() -> None:
     assert tokens_for(1000, 3) == tokens_for(1000, 3) and all(3 <= t < 1000 for t in tokens_for(1000, 50))
