@@ -6,7 +6,8 @@ format's meaning too. Knows nothing about files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -181,21 +182,24 @@ class SmallModel:
 
     def oracle(self) -> Llama:
         """With f16 keys and values, and int8 activations where the kernels use them."""
-        quantized = [
-            name for name, value in self.values.items() if value.ndim == 2 and FORMATS[self.kind.format].quantized
-        ]
+        quantized = [name for name, weight in self.weights.items() if FORMATS[weight.format].quantized]
         return Llama(self.config, self.values, kv_dtype=np.float16, quantized=quantized, input_order=self.orders)
 
 
-def small_model(shape: Shape | None = None, kind: Kind | None = None, seed: int = 0) -> SmallModel:
-    """A random model. Raises nothing of its own."""
-    shape, kind = shape or Shape(), kind or Kind("f32")
+def small_model(
+    shape: Shape | None = None, kind: Kind | None = None, seed: int = 0, kinds: Mapping[str, Kind] | None = None
+) -> SmallModel:
+    """A random model. `kinds`: those of matrices that are not of `kind`, by their names in a layer ("wq"). Raises
+    nothing of its own.
+    """
+    shape, kind, kinds = shape or Shape(), kind or Kind("f32"), kinds or {}
     made = SmallModel(shape, kind, shape.config())
     rng = np.random.default_rng(seed)
     for name, sides in shape.tensors().items():
+        own = kinds.get(name.rpartition(".")[2], kind)
         # An embedding with act-order has no meaning: its rows are looked up, not multiplied.
-        ordered = kind.input_order and name != "tok_embeddings"
-        spec = Kind(kind.format, kind.group, kind.scale, kind.offset, ordered).spec(name, sides)
+        ordered = own.input_order and name != "tok_embeddings"
+        spec = replace(own, input_order=ordered).spec(name, sides)
         packed = random_packed(spec, rng)
         made.weights[name] = native_weight(spec, packed)
         made.values[name] = dequantize(spec, packed)

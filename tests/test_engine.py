@@ -154,6 +154,33 @@ def test_instruction_sets(same: Any, isa: str) -> None:
     assert np.array_equal(all_logits(model, tokens[:20], [1] * 20), expected[:20])
 
 
+def test_kinds_mixed_in_one_model() -> None:
+    """Matrices that share an input want it each in its own form: with or without tiles, sums of groups, an order."""
+    kinds = {
+        "wq": Kind("q4", 32),
+        "wk": Kind("q4a", 32, "f16", "f16"),
+        "wv": Kind("q4nl", 64),
+        "wo": ORDER_KIND,
+        "w_gate": Kind("q4", 64),
+        "w_up": Kind("q4a", 128, "f16", "u8"),
+        "w_down": ORDER_KIND,
+    }
+    for up in (kinds["w_up"], ORDER_KIND):
+        small = small_model(Shape(n_heads=4, n_kv_heads=2, head_dim=32), Kind("q8", 32), kinds=kinds | {"w_up": up})
+        tokens, chunks = random_tokens(small, 50), [7, 8, 12, 23]
+        expected = all_logits(small.model(threads=1, isa="scalar"), tokens)
+        for isa in _C.isas():
+            for threads in (1, 2):
+                found = all_logits(small.model(threads=threads, isa=isa), tokens, chunks)
+                assert np.array_equal(found, expected), (isa, threads)
+        oracle, errors = small.oracle(), []
+        for seed in range(8):
+            few = random_tokens(small, 3, seed)
+            logits = oracle.logits(few)
+            errors.append(np.abs(all_logits(small.model(), few) - logits).max() / np.abs(logits).max())
+        assert np.median(errors) < 1e-5 and max(errors) < 0.05
+
+
 def test_a_cache_of_bytes() -> None:
     """kv_dtype="q8": near the f16 cache's logits, in 17/32 of its memory; the same bits however computed."""
     small = small_model(Shape(n_heads=8, n_kv_heads=2, head_dim=32, max_seq_len=700), Kind("f32"))

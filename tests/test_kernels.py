@@ -23,6 +23,7 @@ from .helpers_models import DENSE, QUANTIZED, Kind, native_weight, random_packed
 
 ISAS = _C.isas()
 EPS = 2.0**-24
+TILE_TOK = (8, 12, 40)  # tokens that a tile unit takes in three ways: in pairs of blocks, one tile of them, a panel
 ops = _C.ops
 
 
@@ -106,7 +107,7 @@ def test_matmul_against_float64_and_between_instruction_sets(kind: Kind) -> None
 @pytest.mark.parametrize("kind", QUANTIZED, ids=str)
 def test_every_count_of_few_tokens(kind: Kind) -> None:
     """Up to 8 tokens, up to 16, a remainder of either: a tile unit takes each another way. An odd number of blocks of
-    columns and of tiles, one block alone, and what lies behind the weights' end is not there to be read.
+    columns and of tiles, one block alone. That nothing is read behind the weights' end is another test's.
     """
     rng = np.random.default_rng(3)
     for n, k in [(49, 96), (20, 20), (80, 320)]:
@@ -162,23 +163,24 @@ def test_extreme_codes_do_not_saturate(kind: Kind) -> None:
                     assert same(y, results["scalar"]), (isa, m)
 
 
+@pytest.mark.parametrize("m", [6, *TILE_TOK])
 @pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)
-def test_zero_huge_and_subnormal_inputs(kind: Kind) -> None:
+def test_zero_huge_and_subnormal_inputs(kind: Kind, m: int) -> None:
     spec, packed = make(kind, 19, 160)
     weight = native_weight(spec, packed)
     rng = np.random.default_rng(3)
-    x = rng.standard_normal((6, 160)).astype(np.float32)
-    x[0] = 0
-    x[1, 32:64] = 0
-    x[2] *= np.float32(1e32)
-    x[3] *= np.float32(1e-25)
-    x[4] *= np.float32(1e-42)  # subnormal: below what a group keeps
-    x[5, ::7] *= np.float32(1e6)
+    x = rng.standard_normal((m, 160)).astype(np.float32)
+    x[0::6] = 0
+    x[1::6, 32:64] = 0
+    x[2::6] *= np.float32(1e32)
+    x[3::6] *= np.float32(1e-25)
+    x[4::6] *= np.float32(1e-42)  # subnormal: below what a group keeps
+    x[5::6, ::7] *= np.float32(1e6)
     want, bound = expected(spec, packed, x)
     results = [ops.matmul(weight, x, isa=isa) for isa in ISAS]
     for y in results:
         assert (np.abs(y - want) <= bound).all()
-        assert (y[0] == 0).all()
+        assert (y[0::6] == 0).all()
         assert same(y, results[-1])
 
 
@@ -189,10 +191,13 @@ def test_zero_and_subnormal_scales(kind: Kind) -> None:
     packed.scales[:, 0] = 0
     packed.scales[1] = np.array(3, np.uint16).view(packed.scales.dtype)  # the third-smallest subnormal
     weight = native_weight(spec, packed)
-    x = np.random.default_rng(4).standard_normal((3, 128)).astype(np.float32)
+    x = np.random.default_rng(4).standard_normal((max(TILE_TOK), 128)).astype(np.float32)
     want, bound = expected(spec, packed, x)
+    rows = ops.matmul(weight, x, isa="scalar")
+    assert (np.abs(rows - want) <= bound).all()
     for isa in ISAS:
-        assert (np.abs(ops.matmul(weight, x, isa=isa) - want) <= bound).all(), isa
+        for m in (3, *TILE_TOK):
+            assert same(ops.matmul(weight, x[:m], isa=isa), rows[:m]), (isa, m)
 
 
 @pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)
@@ -219,7 +224,11 @@ def guarded(data: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], mmap.mmap]:
 
 @pytest.mark.parametrize("kind", DENSE + QUANTIZED, ids=str)
 def test_nothing_is_read_beyond_the_buffers(kind: Kind) -> None:
-    for n, k, m in [(17, 100, 3), (16, 32, 1), (5, 70, 2), (40, 100, 9), (48, 64, 50)]:
+    """Also by a tile unit's ways of few tokens: odd numbers of blocks and of tiles, so that what is taken two at a time
+    ends at the half, and so few scales behind the codes that a block read too many would leave them.
+    """
+    few = [(16, 96, 7), (48, 96, 8), (33, 32, 7), (16, 32, 12), (48, 160, 12), (20, 224, 23), (16, 96, 24)]
+    for n, k, m in [(17, 100, 3), (16, 32, 1), (5, 70, 2), (40, 100, 9), (48, 64, 50), *few]:
         spec, packed = make(kind, n, k)
         payload, keep = guarded(pack(spec, packed))
         codebook = spec.codebook
@@ -277,11 +286,16 @@ def test_what_is_not_a_number_is_not_made_one(isa: str, bad: float) -> None:
         assert np.isnan(ops.quantize_activations(x, isa=isa)[1][0, 0]), position
     for kind in [*DENSE, *QUANTIZED]:
         spec, packed = make(kind, 16, 64)
-        for m in (2, 40):
-            x = np.ones((m, 64), np.float32)
-            x[1, 5] = bad
-            y = ops.matmul(native_weight(spec, packed), x, isa=isa)
-            assert np.isfinite(np.delete(y, 1, axis=0)).all() and not np.isfinite(y[1]).any()
+        weight = native_weight(spec, packed)
+        good = ops.matmul(weight, np.ones((1, 64), np.float32), isa=isa)
+        assert np.isfinite(good).all()
+        for m in (2, *TILE_TOK):
+            for row in {0, 1, m - 1}:
+                x = np.ones((m, 64), np.float32)
+                x[row, 5] = bad
+                y = ops.matmul(weight, x, isa=isa)
+                assert not np.isfinite(y[row]).any(), (kind, m, row)
+                assert same(np.delete(y, row, axis=0), np.repeat(good, m - 1, axis=0)), (kind, m, row)
     q, k, v = np.ones((3, 2, 1, 16), np.float32)
     v[0, 0, 3] = np.nan
     assert np.isnan(ops.attention(q[1:], k, v, 1, isa=isa)[0, 0, 3])
