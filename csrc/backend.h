@@ -1,6 +1,6 @@
-// What a device must do for the forward pass: ten coarse verbs for a step, four for pages. model/ calls them in order
-// and knows no device; cpu/ and cuda/ implement them and know no model loop. A backend owns its activations and its
-// key/value pages.
+// What a device must do for the forward pass: ten coarse verbs for a step, four for pages; it may tell where the time
+// goes. model/ calls them in order and knows no device; cpu/ and cuda/ implement them and know no model loop. A backend
+// owns its activations and its key/value pages.
 #pragma once
 
 #include <cstddef>

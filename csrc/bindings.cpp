@@ -275,16 +275,19 @@ class InterruptPoll {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-std::vector<std::vector<Sampled>> run_without_gil(PyModel& self, std::vector<StepItem>& items, int n_more) {
-  const py::gil_scoped_release no_gil;
-  InterruptPoll poll;
-  while (!self.mutex.try_lock_for(InterruptPoll::kInterval)) poll();
-  const std::lock_guard<std::timed_mutex> lock(self.mutex, std::adopt_lock);
-  auto sampled = run_steps(
-      *self.model, self.sampler, std::move(items), n_more, [&poll] { poll(); },
-      [&self] { return self.hurried.load(); });
-  self.hurried = false;  // the caller now sees what there was to hurry for
-  return sampled;
+// run(poll) without the GIL and with the model for itself. Ctrl-C, which poll() looks for, becomes Python's exception;
+// it also ends the wait for another thread's step.
+template <class Run>
+auto alone_without_gil(PyModel& self, const Run& run) {
+  try {
+    const py::gil_scoped_release no_gil;
+    InterruptPoll poll;
+    while (!self.mutex.try_lock_for(InterruptPoll::kInterval)) poll();
+    const std::lock_guard<std::timed_mutex> lock(self.mutex, std::adopt_lock);
+    return run(poll);
+  } catch (const Interrupted&) {  // here the GIL is held again
+    throw py::error_already_set();
+  }
 }
 
 // No garbage collection meanwhile: it may call Python, where a Ctrl-C that came during the step would be raised and
@@ -308,12 +311,13 @@ py::object step(PyModel& self, const py::iterable& batch, int n_more) {
   allocate_logits(read, self.model->config().vocab_size);
   std::vector<std::pair<Sequence*, int>> before;
   for (const StepItem& item : read.items) before.emplace_back(item.sequence, item.sequence->n_past());
-  std::vector<std::vector<Sampled>> sampled;
-  try {
-    sampled = run_without_gil(self, read.items, n_more);
-  } catch (const Interrupted&) {
-    throw py::error_already_set();
-  }
+  const std::vector<std::vector<Sampled>> sampled = alone_without_gil(self, [&](InterruptPoll& poll) {
+    auto found = run_steps(
+        *self.model, self.sampler, std::move(read.items), n_more, [&poll] { poll(); },
+        [&self] { return self.hurried.load(); });
+    self.hurried = false;  // the caller now sees what there was to hurry for
+    return found;
+  });
   const CollectLater collect_later;
   try {
     return make_results(sampled, read.logits);
@@ -324,9 +328,7 @@ py::object step(PyModel& self, const py::iterable& batch, int n_more) {
 }
 
 std::map<std::string, double> profile(PyModel& self, bool on) {
-  const py::gil_scoped_release no_gil;
-  const std::lock_guard<std::timed_mutex> lock(self.mutex);
-  const StepTimes found = self.model->backend().profile(on);
+  const StepTimes found = alone_without_gil(self, [&](InterruptPoll&) { return self.model->backend().profile(on); });
   return {{"products", found.products}, {"attention", found.attention}, {"head", found.head}, {"rest", found.rest}};
 }
 

@@ -1,12 +1,14 @@
 #include "cuda_library.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <system_error>
 
 #include "error.h"
 
@@ -44,13 +46,15 @@ const PyllamaCudaTable& find_table(void* handle, const std::string& path) {
   return *table;
 }
 
-// Not to be found is the usual case, so it says what to do; everything else is the loader's own text.
+// Not to be found is the usual case, so it says what to do; everything else is the system's or the loader's own text.
 void* open_file(const std::string& path) {
-  const bool wished = path == wished_path();
-  check<DeviceError>(std::ifstream(path).good(), path, ": no such file that can be read",
+  const int trouble = access(path.c_str(), R_OK) == 0 ? 0 : errno;
+  const bool missing = trouble == ENOENT || trouble == ENOTDIR, wished = path == wished_path();
+  check<DeviceError>(!missing, path, ": no such file",
                      wished ? message("; ", kVariable, " names it")
                             : ": this pyllama was built without CUDA. Install it again where nvcc is found, or with "
                               "PYLLAMA_CUDA=ON to be told why that fails");
+  check<DeviceError>(trouble == 0, path, ": cannot be read: ", std::generic_category().message(trouble));
   // A name without a slash would be looked for in the system's folders. LOCAL: several copies of CUDA's runtime may
   // live in a process, such as another package's, and must not see each other.
   const std::string name = path.find('/') == std::string::npos ? "./" + path : path;

@@ -132,6 +132,15 @@ def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert CANNOT_RUN in why()
 
 
+def test_a_library_that_cannot_be_read(tmp_path: Path) -> None:
+    """It is there, so nobody is told to build it; a link to itself is what not even root can read."""
+    path = tmp_path / "libpyllama_cuda.so"
+    path.symlink_to(path)
+    with pytest.raises(DeviceError, match=r"libpyllama_cuda\.so: cannot be read: \S") as caught:
+        load_native().cuda.build(str(path))
+    assert "built without" not in str(caught.value)
+
+
 def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "text.so").write_text("not a library")
     use(monkeypatch, tmp_path / "text.so")

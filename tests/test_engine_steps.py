@@ -266,6 +266,35 @@ def test_ctrl_c_stops_a_step_and_changes_nothing() -> None:
     assert np.array_equal(found, all_logits(model, tokens[:15])[5:])
 
 
+@pytest.mark.usefixtures("uncollected")
+def test_ctrl_c_while_profiling_waits_for_another_threads_steps(plain: SmallModel) -> None:
+    model, tokens = plain.model(threads=1), random_tokens(plain, 90)
+    expected = all_logits(model, tokens)
+    stop, stepping = threading.Event(), threading.Event()
+    found = []
+
+    def work() -> None:
+        while not stop.is_set():
+            found.append(all_logits(model, tokens))
+            stepping.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    stepping.wait()
+    killer = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            killer.start()
+            while True:
+                model.profile(True)
+    finally:
+        stop.set()
+        worker.join()
+        killer.join()
+    assert all(np.array_equal(logits, expected) for logits in found)
+    model.profile(False)  # nobody holds the model
+
+
 def test_many_threads_share_a_model() -> None:
     small = small_model(Shape(n_layers=1), Kind("q8", 32))
     model = small.model()

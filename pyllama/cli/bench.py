@@ -196,8 +196,10 @@ class Bench:
     def _time_shares(self, sequences: list[Any], test: Test) -> dict[str, float]:
         """What part of the steps' time a run spends on what: "products" of the layers, "attention", "head", "rest"."""
         self._model.profile(True)
-        self._run(sequences, test)
-        seconds = self._model.profile(False)
+        try:
+            self._run(sequences, test)
+        finally:
+            seconds = self._model.profile(False)
         return {work: s / sum(seconds.values()) for work, s in seconds.items()}
 
     def _n_sequences(self, test: Test) -> int:
