@@ -347,15 +347,25 @@ PYLLAMA_DEVICE void store_result(const AttendArgs& a, int64_t row, int d, const 
   }
 }
 
-// Partials: [n_tok·n_heads][max_splits]{top, sum}, then [n_tok·n_heads][max_splits][wide]. `row` is row_in_step's.
+// Partials: [n_tok·n_heads][max_splits][wide], a multiple of 128 bytes, so that the 16-byte loads of what the splits
+// give are aligned; then [n_tok·n_heads][max_splits]{top, sum}. `row` is row_in_step's.
 struct Partials {
-  float2* sums;
   float* out;
+  float2* sums;
 };
 PYLLAMA_DEVICE Partials partials_of(const AttendArgs& a, int64_t row) {
   const int64_t slot = row * a.max_splits;
-  return {reinterpret_cast<float2*>(a.io.partials) + slot,
-          a.io.partials + 2 * a.n_rows * a.max_splits + slot * a.cache.wide};
+  return {a.io.partials + slot * a.cache.wide,
+          reinterpret_cast<float2*>(a.io.partials + a.n_rows * a.max_splits * a.cache.wide) + slot};
+}
+
+// For a tile with more keys than there are splits in the grid: nobody would be the last to arrive, so the output would
+// stay what it was and the counter would not come back to zero.
+PYLLAMA_DEVICE void store_nan(const AttendArgs& a, const Tile& t) {
+  const int head_dim = a.cache.head_dim;
+  for (int i = static_cast<int>(thread_index()); i < t.rows * head_dim; i += kThreads) {
+    a.io.o[row_in_step(a, t, i / head_dim) * head_dim + i % head_dim] = as_float(0x7fc00000);
+  }
 }
 
 template <int kBlocks, bool kBytes>
@@ -365,6 +375,10 @@ PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes ? 2 : 3) void attend_few_k
   const Tile t = tile_of_block(a);
   const int split = static_cast<int>(block_index().y);
   if (t.rows <= 0 || split >= t.splits) return;
+  if (t.splits > a.max_splits) {
+    if (split == 0) store_nan(a, t);
+    return;
+  }
   const int first_page = split * kSplitPages;
   const int n_pages = smaller((t.keys + kCachePageTok - 1) / kCachePageTok - first_page, kSplitPages);
   // A warp without a page does the last one again, at no cost to the memory, and nobody asks for what it found.

@@ -39,7 +39,7 @@ struct AttendFew {
 struct AttendShape {
   int n_spans = 0;
   int max_span_tok = 0;  // tokens of a span, at most
-  int max_keys = 0;      // pos + n_tok, at most
+  int max_keys = 0;      // pos + n_tok, at most; spans that need more splits than this give NaN
   int n_tok = 0;         // rows of q and o
   int n_heads = 0;       // a multiple of the cache's n_kv_heads
 };

@@ -2,6 +2,8 @@
 // are one array, [n_pages][page_bytes]; page tables name them by number.
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "array.h"
@@ -83,6 +85,12 @@ PYLLAMA_TEST_ENTRY int attend_few_step(const int32_t* shape, const int32_t* step
       stream.wait();
       if (i == 0) first.assign(o, o + numbers);
       if (memcmp(first.data(), o, numbers * sizeof(float)) != 0) throw std::runtime_error("launches differ");
+    }
+    std::vector<int32_t> counters(room.arrived_bytes / sizeof(int32_t));
+    stream.copy_to_host(counters.data(), arrived.data(), room.arrived_bytes);
+    stream.wait();
+    for (const int32_t counter : counters) {
+      if (counter != 0) throw std::runtime_error("a counter is " + std::to_string(counter) + " after the launch");
     }
   });
 }

@@ -94,7 +94,7 @@ def attend(
     most = max(len(s.q) for s in spans)
     keys = max(s.pos + len(s.q) for s in spans) + room
     step = [layer, len(q), q.shape[1], len(spans), most, keys, len(pages), len(ids), launches]
-    o = np.full(q.shape, np.nan, np.float32)
+    o = np.full(q.shape, 7, np.float32)  # what nobody writes is neither right nor NaN
     emulated.call("attend_few_step", cache.shape, np.array(step, np.int32), rows, ids, data, q, o)
     return o
 
@@ -162,6 +162,24 @@ def test_groups_and_splits(emulated: Emulated, group: int, q8: bool) -> None:
     ]
     found = emulated.in_all_orders(lambda: attend(emulated, spans, launches=2))
     check(found, spans)
+
+
+def test_an_odd_number_of_rows_and_splits(emulated: Emulated) -> None:
+    """15 parts: {top, sum} of all of them is 120 bytes, and what is loaded by 16 bytes must not lie behind it."""
+    span = Span(Text(Cache(False, 1, 32), 600, seed=21), 599, queries(1, 5, 32, seed=22))
+    check(attend(emulated, [span]), [span])
+
+
+def test_a_span_longer_than_the_step_allows_is_nan(emulated: Emulated) -> None:
+    """Three splits where the launch has two: NaN, its neighbour as always, and the counters are zero afterwards."""
+    cache = Cache(False, 2, 32)
+    spans = [
+        Span(Text(cache, 600, seed=23), 598, queries(2, 6, 32, seed=24)),
+        Span(Text(cache, 300, seed=25), 299, queries(1, 6, 32, seed=26)),
+    ]
+    found = attend(emulated, spans, room=-200, launches=2)
+    assert np.isnan(found[:2]).all()
+    check(found[2:], spans[1:])
 
 
 @pytest.mark.parametrize("q8", [False, True], ids=["f16", "q8"])
