@@ -72,7 +72,7 @@ int describe(int32_t index, PyllamaCudaDevice* out) {
     out->l2_bytes = static_cast<int32_t>(found.l2_bytes);
     out->shared_bytes = static_cast<int32_t>(found.shared_bytes);
     out->memory_bytes = static_cast<int64_t>(found.memory_bytes);
-    out->free_bytes = static_cast<int64_t>(found.free_bytes);
+    out->free_bytes = static_cast<int64_t>(free_bytes(index));
   });
 }
 

@@ -37,7 +37,7 @@ struct DeviceProperties {
   int multiprocessors;
   size_t l2_bytes;
   size_t shared_bytes;  // the most that one block can have
-  size_t memory_bytes, free_bytes;
+  size_t memory_bytes;
 };
 
 bool emulated();
@@ -45,9 +45,10 @@ int driver_version();   // 13000: the newest CUDA that the driver runs
 int runtime_version();  // of the toolkit that the library was built with; 0 in the emulation
 int device_count();     // throws where there is no driver or no device
 DeviceProperties properties(int device);
-void use_device(int device);  // for this thread, from now on
+size_t free_bytes(int device);  // makes a context there, which takes some hundred megabytes; properties() does not
+void use_device(int device);    // current for this thread, until another is or it calls a stream of another
 
-// Device memory. Not initialised.
+// Device memory, of the device that is current when it is allocated. Not initialised.
 class Memory {
  public:
   Memory() = default;
@@ -97,7 +98,7 @@ class HostMemory {
   void* data_ = nullptr;
 };
 
-// A point in a stream's work.
+// A point in a stream's work. Of the device that is current, which must be the stream's.
 class Event {
  public:
   Event();
@@ -143,7 +144,8 @@ class Graph {
   void* handle_;
 };
 
-// Work done one after another, while the host goes on. Host memory of a copy must stay as it is until wait().
+// Work done one after another, while the host goes on. Host memory of a copy must stay as it is until wait(). Belongs
+// to the device that was current when it was made; whoever calls it has that device current from then on.
 class Stream {
  public:
   Stream();
@@ -161,9 +163,13 @@ class Stream {
   void run(const Graph& graph);
   void wait();  // until all work is done; throws what went wrong in it
 
-  // Work from here on is recorded and not done, until end_recording().
+  // Work from here on is recorded and not done, until end_recording(). See Recording.
   void begin_recording();
-  Graph end_recording();
+  Graph end_recording();  // where it throws, the stream has stopped recording
+  void abandon_recording() noexcept;
+
+  int device() const { return device_; }
+  void make_current() const;  // device(), for this thread
 
   // Use launch() below. `call` runs the kernel on one thread of the emulation, and is of no use to the device.
   void launch_kernel(const char* name, const void* kernel, void (*call)(const void* kernel, const void* args),
@@ -172,7 +178,25 @@ class Stream {
   void* handle() const { return handle_; }
 
  private:
+  int device_;
   void* handle_;
+};
+
+// A recording that ends with its scope: abandoned, unless it was finished, so that an exception between its begin and
+// its end leaves a stream that works.
+class Recording {
+ public:
+  explicit Recording(Stream& stream) : stream_(&stream) { stream.begin_recording(); }
+  Recording(const Recording&) = delete;
+  Recording& operator=(const Recording&) = delete;
+  ~Recording() {
+    if (stream_) stream_->abandon_recording();
+  }
+
+  Graph finish() { return std::exchange(stream_, nullptr)->end_recording(); }
+
+ private:
+  Stream* stream_;
 };
 
 namespace detail {

@@ -21,6 +21,11 @@ int kind_of(cudaError_t code) {
   switch (code) {
     case cudaErrorInsufficientDriver:  // also when there is none at all
       return driver_or_none() == 0 ? kPyllamaCudaNoDriver : kPyllamaCudaDriverTooOld;
+    case cudaErrorUnsupportedPtxVersion:  // of a newer toolkit than the driver's compiler knows
+    case cudaErrorCallRequiresNewerDriver:
+    case cudaErrorSystemDriverMismatch:
+    case cudaErrorCompatNotSupportedOnDevice:
+      return kPyllamaCudaDriverTooOld;
     case cudaErrorStubLibrary:
       return kPyllamaCudaNoDriver;
     case cudaErrorNoDevice:
@@ -28,7 +33,6 @@ int kind_of(cudaError_t code) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorInvalidKernelImage:
-    case cudaErrorUnsupportedPtxVersion:
       return kPyllamaCudaArchitectureNotBuilt;
     case cudaErrorMemoryAllocation:
       return kPyllamaCudaOutOfMemory;
@@ -60,13 +64,37 @@ void check_launch(cudaError_t code, const char* mangled) {
   if (code != cudaSuccess) check(code, readable(mangled));
 }
 
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "the current device");
+  return device;
+}
+
+// Gives the thread back the device that it had.
+class OtherDevice {
+ public:
+  explicit OtherDevice(int device) : before_(current_device()) {
+    if (device != before_) use_device(device);
+  }
+  OtherDevice(const OtherDevice&) = delete;
+  OtherDevice& operator=(const OtherDevice&) = delete;
+  ~OtherDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_;
+};
+
 int attribute(int device, cudaDeviceAttr which) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), "device " + std::to_string(device));
   return value;
 }
 
-cudaStream_t raw(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle()); }
+// For calls, which find the stream's device current.
+cudaStream_t raw(const Stream& stream) {
+  stream.make_current();
+  return static_cast<cudaStream_t>(stream.handle());
+}
 cudaEvent_t raw(const Event& event) { return static_cast<cudaEvent_t>(event.handle()); }
 cudaGraphExec_t raw(const Graph& graph) { return static_cast<cudaGraphExec_t>(graph.handle()); }
 
@@ -102,17 +130,20 @@ void use_device(int device) { check(cudaSetDevice(device), "device " + std::to_s
 DeviceProperties properties(int device) {
   cudaDeviceProp found{};
   check(cudaGetDeviceProperties(&found, device), "device " + std::to_string(device));
-  use_device(device);
-  size_t free_bytes = 0, memory_bytes = 0;
-  check(cudaMemGetInfo(&free_bytes, &memory_bytes), "memory of device " + std::to_string(device));
   return {found.name,
           found.major,
           found.minor,
           found.multiProcessorCount,
           static_cast<size_t>(found.l2CacheSize),
           static_cast<size_t>(attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-          memory_bytes,
-          free_bytes};
+          found.totalGlobalMem};
+}
+
+size_t free_bytes(int device) {
+  const OtherDevice other(device);
+  size_t found = 0, all = 0;
+  check(cudaMemGetInfo(&found, &all), "memory of device " + std::to_string(device));
+  return found;
 }
 
 // ---- memory
@@ -120,12 +151,17 @@ DeviceProperties properties(int device) {
 Memory::Memory(size_t bytes, const char* name) : bytes_(bytes) {
   check(cudaMalloc(&data_, bytes), std::string(name) + ", " + std::to_string(bytes) + " bytes");
 }
-Memory::~Memory() { cudaFree(data_); }
+// Freeing null would be a call too: it makes a context, and ends a recording.
+Memory::~Memory() {
+  if (data_) cudaFree(data_);
+}
 
 HostMemory::HostMemory(size_t bytes) {
   check(cudaMallocHost(&data_, bytes), std::to_string(bytes) + " bytes of pinned memory");
 }
-HostMemory::~HostMemory() { cudaFreeHost(data_); }
+HostMemory::~HostMemory() {
+  if (data_) cudaFreeHost(data_);
+}
 
 // ---- events and graphs
 
@@ -148,12 +184,16 @@ Graph::~Graph() {
 
 // ---- streams
 
-Stream::Stream() {
+Stream::Stream() : device_(current_device()) {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
   handle_ = stream;
 }
-Stream::~Stream() { cudaStreamDestroy(raw(*this)); }
+Stream::~Stream() { cudaStreamDestroy(static_cast<cudaStream_t>(handle_)); }
+
+void Stream::make_current() const {
+  if (current_device() != device_) use_device(device_);
+}
 
 void Stream::copy_to_device(void* device, const void* host, size_t bytes) {
   check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, raw(*this)), "copying to the device");
@@ -188,6 +228,7 @@ void Stream::begin_recording() {
 Graph Stream::end_recording() {
   cudaGraph_t recorded = nullptr;
   check(cudaStreamEndCapture(raw(*this), &recorded), "recording a graph");
+  if (!recorded) throw Error(kPyllamaCudaInternal, "recording a graph: CUDA gave none and named no error");
   cudaGraphExec_t ready = nullptr;
   const cudaError_t code = cudaGraphInstantiate(&ready, recorded, 0);
   cudaGraphDestroy(recorded);
@@ -195,8 +236,16 @@ Graph Stream::end_recording() {
   return Graph(ready);
 }
 
+void Stream::abandon_recording() noexcept {
+  cudaGraph_t recorded = nullptr;
+  cudaStreamEndCapture(static_cast<cudaStream_t>(handle_), &recorded);
+  if (recorded) cudaGraphDestroy(recorded);
+  cudaGetLastError();  // what made the recording fail has been thrown already
+}
+
 void Stream::launch_kernel(const char* name, const void* kernel, void (*)(const void*, const void*), const void* args,
                            size_t, const LaunchShape& shape) {
+  make_current();  // a kernel's attributes are those on the current device
   constexpr size_t kSharedWithoutAsking = 48 << 10;
   if (shape.shared_bytes > kSharedWithoutAsking)
     check_launch(

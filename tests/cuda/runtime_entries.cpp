@@ -53,6 +53,32 @@ PYLLAMA_TEST_ENTRY int graph_replay(const int* in, const int* tables, int64_t ti
   });
 }
 
+// An exception ends a recording; then the stream records and runs out = 5 · in.
+PYLLAMA_TEST_ENTRY int abandoned_recording(const int* in, int* out) {
+  return guarded([&] {
+    constexpr size_t kBytes = 32 * sizeof(int);
+    Stream stream;
+    const Memory values(kBytes, "values"), table(kBytes, "table");
+    stream.copy_to_device(values.data(), in, kBytes);
+    stream.fill(table.data(), 0, kBytes);
+    Step args{values.as<int>(), table.as<int>(), 3};
+    try {
+      const Recording recording(stream);
+      launch(stream, step, args, {}, 32);
+      throw std::runtime_error("between two verbs");
+    } catch (const std::runtime_error&) {
+      stream.wait();
+    }
+    Recording recording(stream);
+    args.factor = 5;
+    launch(stream, step, args, {}, 32);
+    const Graph graph = recording.finish();
+    stream.run(graph);
+    stream.copy_to_host(out, values.data(), kBytes);
+    stream.wait();
+  });
+}
+
 // out: what the host finds in the copy of in[0] before and after it waits, and in a copy that waited for an event of
 // another stream; in[0] is overwritten by in[1] before anybody waits, as a careless host does.
 PYLLAMA_TEST_ENTRY int copies_are_late(const int* in, int* out) {

@@ -23,6 +23,13 @@ def test_a_graph_runs_again_with_what_it_recorded(emulated: Emulated) -> None:
     assert (found[4] == 0).all(), "recording runs nothing"
 
 
+def test_an_exception_ends_a_recording(emulated: Emulated) -> None:
+    values = np.arange(-16, 16, dtype=np.int32)
+    found = np.zeros(32, np.int32)
+    emulated.call("abandoned_recording", values, found)
+    assert (found == 5 * values).all(), "what was recorded first is not done"
+
+
 def test_a_stream_does_nothing_before_it_must(emulated: Emulated) -> None:
     found = np.zeros(4, np.int32)
     emulated.call("copies_are_late", np.array([11, 22], np.int32), found)

@@ -71,15 +71,12 @@ int device_count() { return 1; }
 
 DeviceProperties properties(int device) {
   use_device(device);
-  const size_t used = emulation::allocated_bytes();
-  return {"emulated device",
-          8,
-          0,
-          4,
-          1 << 20,
-          emulation::kSharedBytes,
-          emulation::kMemoryBytes,
-          emulation::kMemoryBytes - used};
+  return {"emulated device", 8, 0, 4, 1 << 20, emulation::kSharedBytes, emulation::kMemoryBytes};
+}
+
+size_t free_bytes(int device) {
+  use_device(device);
+  return emulation::kMemoryBytes - emulation::allocated_bytes();
 }
 
 void use_device(int device) {
@@ -104,7 +101,7 @@ double seconds_between(const Event& begin, const Event& end) {
 
 Graph::~Graph() { delete static_cast<GraphState*>(handle_); }
 
-Stream::Stream() : handle_(new std::shared_ptr<StreamState>(std::make_shared<StreamState>())) {}
+Stream::Stream() : device_(0), handle_(new std::shared_ptr<StreamState>(std::make_shared<StreamState>())) {}
 Stream::~Stream() { delete &state_of(*this); }
 
 void Stream::copy_to_device(void* device, const void* host, size_t bytes) {
@@ -116,6 +113,8 @@ void Stream::copy_to_device(void* device, const void* host, size_t bytes) {
 }
 
 void Stream::copy_to_host(void* host, const void* device, size_t bytes) {
+void Stream::make_current() const {}
+
   emulation::check_device_range(device, bytes, "copy_to_host");
   if (!state_of(*this)->recording) memset(host, emulation::kPoison, bytes);
   state_of(*this)->add([=] {
@@ -190,3 +189,5 @@ Graph Stream::end_recording() {
 }
 
 }  // namespace pyllama::cuda
+void Stream::abandon_recording() noexcept { state_of(*this)->recording.reset(); }
+
