@@ -329,7 +329,8 @@ PYLLAMA_DEVICE void store_16(void* p, const uint4& v) {
   *static_cast<uint4*>(p) = v;
 }
 
-// Of memory that no running kernel writes: 4, 8 or 16 bytes.
+// Of memory that no kernel in flight writes: 4, 8 or 16 bytes. In flight is also the one in front of a kernel that was
+// started early, until wait_for_previous_kernel().
 template <class T>
 PYLLAMA_DEVICE T load_read_only(const T* p) {
 #if PYLLAMA_ON_DEVICE
@@ -341,7 +342,7 @@ PYLLAMA_DEVICE T load_read_only(const T* p) {
 #endif
 }
 
-// Of such memory as is read once: past the first cache.
+// Of such memory (no kernel in flight writes it, the one in front included) as is read once: past the first cache.
 PYLLAMA_DEVICE uint4 load_stream(const uint4* p) {
 #if PYLLAMA_ON_DEVICE
   uint4 v;
@@ -414,7 +415,7 @@ PYLLAMA_DEVICE void prefetch_l2(const void* p) {
 #if PYLLAMA_ON_DEVICE
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #else
-  emulation::check_device_memory(p, 1, "prefetch_l2");
+  emulation::check_device_range(p, 1, "prefetch_l2");  // at any time: the second cache is never behind
 #endif
 }
 

@@ -279,6 +279,11 @@ PYLLAMA_KERNEL void scales_kernel(const ToFragmentsArgs args) {
   }
 }
 
+// Empty: what it is for is that it has no early start. Products read their weights before they wait for the kernel in
+// front of them (linear_few.cuh), and the end of a kernel that tells nobody is no promise that what it wrote is seen.
+// This one begins when all of that is, and is in front instead.
+PYLLAMA_KERNEL void end_of_upload_kernel(const ToFragmentsArgs) {}
+
 namespace {
 
 Codes kind_of(Format format) {
@@ -366,6 +371,7 @@ void to_fragments(Stream& stream, const Weight* const* weights, int n, const int
   launch(stream, row_scales_kernel, args, grid_of(sizes.row_scales_bytes / 4 * 32), kThreads);
   launch(stream, codes_kernel, args, grid_of(sizes.codes_bytes / 4), kThreads);
   if (sizes.scales_bytes) launch(stream, scales_kernel, args, grid_of(sizes.scales_bytes / 4), kThreads);
+  launch(stream, end_of_upload_kernel, args, {}, 32);
 }
 
 }  // namespace cuda

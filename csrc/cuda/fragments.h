@@ -73,7 +73,8 @@ FragmentSizes fragment_sizes(const Fragments& shape);
 // Writes the fragments at the shape's pointers (device memory of `fragment_sizes`). `weights` are the matrices with
 // their pointers in device memory. `row_map` is int32 [16 * tiles] in device memory: the row, counted through all the
 // matrices, that lies in row 16 * tile + r, or -1 for zeros; null for all rows in order. It is how RoPE's pairs come to
-// be rows g and g + 8.
+// be rows g and g + 8. The next kernel of the stream may be one that reads the fragments before
+// wait_for_previous_kernel(), as products do.
 void to_fragments(Stream& stream, const Weight* const* weights, int n, const int32_t* row_map, const Fragments& shape);
 
 }  // namespace cuda

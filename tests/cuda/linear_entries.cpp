@@ -48,13 +48,18 @@ struct Described {
   }
 };
 
+// Room for the fragments of `from`; upload() makes them.
 struct OnDevice {
+  const Described& from;
+  bool has_map;
   Fragments f;
   FragmentSizes sizes;
   Memory codes, scales, row_scales, row_map;
 
-  OnDevice(Stream& stream, const Described& from, const int32_t* map)
-      : f(fragments_of(from.pointers.data(), static_cast<int>(from.pointers.size()))),
+  OnDevice(Stream& stream, const Described& described, const int32_t* map)
+      : from(described),
+        has_map(map != nullptr),
+        f(fragments_of(from.pointers.data(), static_cast<int>(from.pointers.size()))),
         sizes(fragment_sizes(f)),
         codes(sizes.codes_bytes, "codes"),
         scales(sizes.scales_bytes, "scales"),
@@ -64,8 +69,11 @@ struct OnDevice {
     f.codes = codes.as<uint8_t>();
     f.scales = scales.as<uint32_t>();
     f.row_scales = row_scales.as<float>();
+  }
+
+  void upload(Stream& stream) const {
     to_fragments(stream, from.pointers.data(), static_cast<int>(from.pointers.size()),
-                 map ? row_map.as<int32_t>() : nullptr, f);
+                 has_map ? row_map.as<int32_t>() : nullptr, f);
   }
 };
 
@@ -120,6 +128,7 @@ PYLLAMA_TEST_ENTRY int make_fragments(const int64_t* described, int64_t n, const
     Stream stream;
     const Described from(stream, described, n, payload, payload_bytes);
     const OnDevice w(stream, from, has_map ? row_map : nullptr);
+    w.upload(stream);
     if (sizes[0] != static_cast<int64_t>(w.sizes.codes_bytes) ||
         sizes[1] != static_cast<int64_t>(w.sizes.scales_bytes) ||
         sizes[2] != static_cast<int64_t>(w.sizes.row_scales_bytes)) {
@@ -140,6 +149,7 @@ PYLLAMA_TEST_ENTRY int embed_tokens(const int64_t* described, const uint8_t* pay
     Stream stream;
     const Described from(stream, described, 1, payload, payload_bytes);
     const OnDevice w(stream, from, nullptr);
+    w.upload(stream);
     const size_t rows = static_cast<size_t>(n_tok), columns = static_cast<size_t>(w.f.columns);
     const Array<int32_t> ids(stream, tokens, rows), order(stream, input_order, has_order ? columns : 0);
     const Memory out(4 * rows * columns, "x");
@@ -150,7 +160,8 @@ PYLLAMA_TEST_ENTRY int embed_tokens(const int64_t* described, const uint8_t* pay
 }
 
 // y [n_tokens][y_stride], both ways, of x [n_tokens][x_stride]. extras: bit 0: bias, bit 1: y itself is the residual,
-// bit 2: input_order, bit 3: SwiGLU into hidden_dim = rows / 2 numbers.
+// bit 2: input_order, bit 3: SwiGLU into hidden_dim = rows / 2 numbers, bit 4: the weights' upload is the last thing
+// before the product.
 PYLLAMA_TEST_ENTRY int multiply_few(const int64_t* described, int64_t n, const uint8_t* payload, int64_t payload_bytes,
                                     const int32_t* row_map, int64_t has_map, const float* x, int64_t n_tokens,
                                     int64_t x_stride, const int32_t* input_order, const float* bias, int64_t extras,
@@ -159,6 +170,7 @@ PYLLAMA_TEST_ENTRY int multiply_few(const int64_t* described, int64_t n, const u
     Stream stream;
     const Described from(stream, described, n, payload, payload_bytes);
     const OnDevice w(stream, from, has_map ? row_map : nullptr);
+    if (!(extras & 16)) w.upload(stream);
     const size_t tokens = static_cast<size_t>(n_tokens);
     const Memory x_in(4 * tokens * static_cast<size_t>(x_stride), "x"),
         y_out(4 * tokens * static_cast<size_t>(y_stride), "y");
@@ -175,6 +187,7 @@ PYLLAMA_TEST_ENTRY int multiply_few(const int64_t* described, int64_t n, const u
     prepare_activations(stream, x_in.as<float>(), x_stride, static_cast<int>(n_tokens), w.f.columns,
                         extras & 4 ? order.as<int32_t>() : nullptr, activations);
     float* const out = y_out.as<float>();
+    if (extras & 16) w.upload(stream);
     if (extras & 8) {
       linear_few(stream, w.f, activations, static_cast<int>(n_tokens), StoreSwiglu{out, y_stride, w.f.rows / 2},
                  static_cast<int>(multiprocessors));

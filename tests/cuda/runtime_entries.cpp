@@ -21,6 +21,19 @@ PYLLAMA_KERNEL void step(const Step s) {
   s.values[i] = s.values[i] * s.factor + s.table[i];
 }
 
+struct EarlyRead {
+  const int* from;
+  int* to;
+  bool waits;
+};
+
+PYLLAMA_KERNEL void early_read(const EarlyRead e) {
+  if (e.waits) wait_for_previous_kernel();
+  const int value = load_read_only(e.from + thread_index());
+  wait_for_previous_kernel();
+  e.to[thread_index()] = value;
+}
+
 }  // namespace
 
 // Records copy in, two steps, copy out; then runs it `times` times, with another `table` each time. Each run's results,
@@ -75,6 +88,26 @@ PYLLAMA_TEST_ENTRY int abandoned_recording(const int* in, int* out) {
     const Graph graph = recording.finish();
     stream.run(graph);
     stream.copy_to_host(out, values.data(), kBytes);
+    stream.wait();
+  });
+}
+
+// A kernel writes ones into all bytes of `values`, then one that is started early reads them, or those of `table`.
+PYLLAMA_TEST_ENTRY int read_early(const char* how, int* out) {
+  return guarded([&] {
+    constexpr size_t kBytes = 32 * sizeof(int);
+    const std::string name = how;
+    Stream stream;
+    const Memory values(kBytes, "values"), table(kBytes, "table"), copy(kBytes, "copy");
+    stream.fill(values.data(), 0, kBytes);
+    stream.fill(copy.data(), 0, kBytes);
+    stream.fill(table.data(), 1, kBytes);
+    launch(stream, step, {values.as<int>(), table.as<int>(), 1}, {}, 32);
+    if (name == "a kernel between") launch(stream, step, {copy.as<int>(), table.as<int>(), 1}, {}, 32);
+    if (name == "a copy between") stream.fill(copy.data(), 0, kBytes);
+    const Memory& from = name == "other memory" ? table : values;
+    launch(stream, early_read, {from.as<int>(), copy.as<int>(), name == "waits"}, {}, 32, 0, Start::kEarly);
+    stream.copy_to_host(out, copy.data(), kBytes);
     stream.wait();
   });
 }

@@ -11,7 +11,7 @@ from tests.cuda.conftest import Emulated, EmulationError
 from tests.cuda.helpers_fragments import CASES, Stored, case_name, describe, random_weight
 
 RNG = np.random.default_rng
-BIAS, RESIDUAL, INPUT_ORDER, SWIGLU = 1, 2, 4, 8
+BIAS, RESIDUAL, INPUT_ORDER, SWIGLU, UPLOAD_LAST = 1, 2, 4, 8, 16
 
 
 def product(
@@ -23,6 +23,7 @@ def product(
     bias: np.ndarray | None = None,
     residual: np.ndarray | None = None,
     swiglu: bool = False,
+    upload_last: bool = False,
     multiprocessors: int = 2,
 ) -> np.ndarray:
     """float32 [n_tokens, rows]. x's rows are apart by more than their length, and so are y's."""
@@ -49,7 +50,7 @@ def product(
         wide.shape[1],
         unused if order is None else order,
         np.zeros(1, np.float32) if bias is None else bias,
-        extras + SWIGLU * swiglu,
+        extras + SWIGLU * swiglu + UPLOAD_LAST * upload_last,
         multiprocessors,
         out,
         out.shape[1],
@@ -165,6 +166,14 @@ def test_matrices_side_by_side_with_pairs_of_rope(emulated: Emulated, case: dict
     plain = product(emulated, weights, x)
     check_product(weights, x, plain)
     assert (product(emulated, weights, x, row_map=row_map) == plain[:, row_map]).all()
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[8], CASES[-1]], ids=case_name)
+def test_right_after_the_upload(emulated: Emulated, case: dict[str, object]) -> None:
+    """A product is started early and reads weights before it waits: the kernel in front must not have written them."""
+    weight = random_weight((20, 130), seed=13, **case)
+    x = activations(2, 130, seed=11)
+    assert (product(emulated, [weight], x, upload_last=True) == product(emulated, [weight], x)).all()
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[-3]], ids=case_name)

@@ -30,6 +30,20 @@ def test_an_exception_ends_a_recording(emulated: Emulated) -> None:
     assert (found == 5 * values).all(), "what was recorded first is not done"
 
 
+@pytest.mark.parametrize("how", ["waits", "other memory", "a kernel between", "a copy between"])
+def test_an_early_kernel_may_read_what_is_written(emulated: Emulated, how: str) -> None:
+    found = np.zeros(32, np.int32)
+    emulated.call("read_early", how, found)
+    assert (found == 0x01010101).all()
+
+
+def test_an_early_kernel_may_not_read_what_the_one_in_front_writes(emulated: Emulated) -> None:
+    with pytest.raises(
+        EmulationError, match=r"EarlyRead.*load_read_only of what the kernel in front wrote, before wait"
+    ):
+        emulated.call("read_early", "at once", np.zeros(32, np.int32))
+
+
 def test_a_stream_does_nothing_before_it_must(emulated: Emulated) -> None:
     found = np.zeros(4, np.int32)
     emulated.call("copies_are_late", np.array([11, 22], np.int32), found)

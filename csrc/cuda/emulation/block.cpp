@@ -229,10 +229,12 @@ void run(const Launch& launch) {
   check_launch(launch);
   const Order order = current_order();
   const Dim3& grid = launch.shape.grid;
+  remember_memory();
   Turns blocks(order, 0);
   blocks.each(grid.x * grid.y * grid.z, [&](unsigned i) {
     block.run(launch, {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, order, i + 1);
   });
+  find_changes();
   check_device_guards("kernel of " + demangled(launch.name));
 }
 

@@ -1,11 +1,13 @@
 // See memory.h.
 #include "memory.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #include "guard.h"
 #include "thread.h"
@@ -41,6 +43,20 @@ std::string damage_of(uintptr_t address, const Buffer& buffer) {
   const std::string place = lift_guards(data, buffer.bytes);
   set_guards(data, buffer.bytes);
   return place.empty() ? "" : "wrote " + place + " " + described(buffer);
+}
+
+// What a host thread's kernels change.
+constexpr size_t kWord = 4;
+struct Changes {
+  std::map<uintptr_t, std::vector<unsigned char>> before;  // buffers by address, as they were before the kernel
+  std::vector<uintptr_t> words;                            // addresses, ascending, of what the last kernel changed
+};
+thread_local Changes changes;
+
+bool changed(const void* p, size_t bytes) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p), first = address / kWord * kWord;
+  const auto at = std::lower_bound(changes.words.begin(), changes.words.end(), first);
+  return at != changes.words.end() && *at < address + bytes;
 }
 
 // "" or why `bytes` from p are not inside a buffer.
@@ -112,6 +128,39 @@ void check_device_memory(const void* p, size_t bytes, const char* what) {
   if (past)
     fail(std::string(what) + " at an address " + std::to_string(past) + " past a multiple of " + std::to_string(bytes));
   check_device_range(p, bytes, what);
+  const bool early = this_thread && this_thread->launch->shape.start == Start::kEarly;
+  if (early && !this_thread->waited_for_previous && changed(p, bytes))
+    fail(std::string(what) + " of what the kernel in front wrote, before wait_for_previous_kernel()");
+}
+
+void forget_changes() {
+  changes.before.clear();
+  changes.words.clear();
+}
+
+void remember_memory() {
+  Memories& all = memories();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  changes.before.clear();
+  for (const auto& [address, buffer] : all.buffers) {
+    const auto* data = reinterpret_cast<const unsigned char*>(address);
+    changes.before[address].assign(data, data + buffer.bytes);
+  }
+}
+
+void find_changes() {
+  Memories& all = memories();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  changes.words.clear();
+  for (const auto& [address, bytes] : changes.before) {
+    const auto at = all.buffers.find(address);
+    if (at == all.buffers.end() || at->second.bytes != bytes.size()) continue;  // another thread has freed it
+    const auto* data = reinterpret_cast<const unsigned char*>(address);
+    for (size_t i = 0; i < bytes.size(); i += kWord) {
+      if (memcmp(data + i, &bytes[i], std::min(kWord, bytes.size() - i)) != 0) changes.words.push_back(address + i);
+    }
+  }
+  changes.before.clear();
 }
 
 void check_device_guards(const std::string& what) {

@@ -20,6 +20,12 @@ void check_device_memory(const void* p, size_t bytes, const char* what);
 // The same for a copy or fill of any size and alignment.
 void check_device_range(const void* p, size_t bytes, const char* what);
 
+// What the kernel in front has changed, for each host thread. One that starts early may not read it before it waits,
+// since on a device it is perhaps not written yet: check_device_memory looks.
+void remember_memory();  // before a kernel
+void find_changes();     // after it: what is not as it was remembered
+void forget_changes();   // nothing is in front any more, or no kernel
+
 // Throws if somebody wrote into a guard zone; `what` is who ran last.
 void check_device_guards(const std::string& what);
 

@@ -37,8 +37,17 @@ struct StreamState {
     item();
   }
 
+  // Work that is no kernel: what comes behind it cannot start early.
+  void add_copy(Work item) {
+    add([item = std::move(item)] {
+      emulation::forget_changes();
+      item();
+    });
+  }
+
   // What comes after something that failed is not done.
   void finish() {
+    emulation::forget_changes();  // nothing is in flight
     try {
       while (!work.empty()) do_next();
     } catch (...) {
@@ -104,27 +113,27 @@ Graph::~Graph() { delete static_cast<GraphState*>(handle_); }
 Stream::Stream() : device_(0), handle_(new std::shared_ptr<StreamState>(std::make_shared<StreamState>())) {}
 Stream::~Stream() { delete &state_of(*this); }
 
+void Stream::make_current() const {}
+
 void Stream::copy_to_device(void* device, const void* host, size_t bytes) {
   emulation::check_device_range(device, bytes, "copy_to_device");
-  state_of(*this)->add([=] {
+  state_of(*this)->add_copy([=] {
     emulation::check_device_range(device, bytes, "copy_to_device");  // nobody has freed it meanwhile
     memcpy(device, host, bytes);
   });
 }
 
 void Stream::copy_to_host(void* host, const void* device, size_t bytes) {
-void Stream::make_current() const {}
-
   emulation::check_device_range(device, bytes, "copy_to_host");
   if (!state_of(*this)->recording) memset(host, emulation::kPoison, bytes);
-  state_of(*this)->add([=] {
+  state_of(*this)->add_copy([=] {
     emulation::check_device_range(device, bytes, "copy_to_host");
     memcpy(host, device, bytes);
   });
 }
 
 void Stream::copy_on_device(void* to, const void* from, size_t bytes) {
-  state_of(*this)->add([=] {
+  state_of(*this)->add_copy([=] {
     emulation::check_device_range(to, bytes, "copy_on_device");
     emulation::check_device_range(from, bytes, "copy_on_device");
     memmove(to, from, bytes);
@@ -132,7 +141,7 @@ void Stream::copy_on_device(void* to, const void* from, size_t bytes) {
 }
 
 void Stream::fill(void* device, unsigned char value, size_t bytes) {
-  state_of(*this)->add([=] {
+  state_of(*this)->add_copy([=] {
     emulation::check_device_range(device, bytes, "fill");
     memset(device, value, bytes);
   });
@@ -161,6 +170,7 @@ void Stream::wait_for(const Event& event) {
   const std::shared_ptr<EventState>& e = state_of(event);
   state_of(*this)->add([e, stream = e->stream, number = e->recorded] {
     while (e->reached < number && stream && !stream->work.empty()) stream->do_next();
+    emulation::forget_changes();
   });
 }
 
@@ -188,6 +198,6 @@ Graph Stream::end_recording() {
   return Graph(new GraphState(std::make_shared<std::vector<Work>>(std::move(*work))));
 }
 
-}  // namespace pyllama::cuda
 void Stream::abandon_recording() noexcept { state_of(*this)->recording.reset(); }
 
+}  // namespace pyllama::cuda
