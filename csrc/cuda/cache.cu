@@ -125,14 +125,15 @@ PYLLAMA_DEVICE void append(const RopeAppendArgs& args, int token, int kv_head, c
   }
 }
 
+// Grid: tokens, of which there may be more than the 65,535 that y and z take; then heads.
 // registers: rope_append_kernel 64
 PYLLAMA_KERNEL void rope_append_kernel(const RopeAppendArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const CacheLayout& l = args.cache;
   const int n_heads = args.step.n_heads;
-  const int head = static_cast<int>(block_index().x * kWarps + warp());
-  const int token = static_cast<int>(block_index().y);
+  const int head = static_cast<int>(block_index().y * kWarps + warp());
+  const int token = static_cast<int>(block_index().x);
   if (head >= n_heads + l.n_kv_heads) return;
   const int half_dim = l.head_dim / 2;
   const float* in = args.step.qkv + token * args.step.stride + int64_t{head} * l.head_dim;
@@ -156,7 +157,7 @@ void rope_append(Stream& stream, const CacheLayout& cache, int layer, const Plac
                  const RopeAppend& step) {
   if (n_tok == 0) return;
   const unsigned warps = static_cast<unsigned>(step.n_heads + cache.n_kv_heads);
-  const Dim3 grid{(warps + kWarps - 1) / kWarps, static_cast<unsigned>(n_tok)};
+  const Dim3 grid{static_cast<unsigned>(n_tok), (warps + kWarps - 1) / kWarps};
   launch(stream, rope_append_kernel, {cache, places, step, layer}, grid, 32 * kWarps, 0, Start::kEarly);
 }
 

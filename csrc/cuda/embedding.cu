@@ -100,13 +100,13 @@ PYLLAMA_DEVICE float weight_at(const Fragments& w, int row, int column) {
   return value * w.row_scales[row];
 }
 
-// Grid: blocks along a row, tokens.
+// Grid: tokens, of which there may be more than the 65,535 that y takes; then blocks along a row.
 PYLLAMA_KERNEL void embed_kernel(const EmbedArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int k = static_cast<int>(block_index().x) * kThreads + static_cast<int>(thread_index());
+  const int k = static_cast<int>(block_index().y) * kThreads + static_cast<int>(thread_index());
   if (k >= args.w.columns) return;
-  const int64_t token = block_index().y;
+  const int64_t token = block_index().x;
   const int row = args.tokens[token];
   const int column = args.input_order ? args.input_order[k] : k;
   const bool there = row >= 0 && row < args.w.rows;
@@ -117,7 +117,7 @@ PYLLAMA_KERNEL void embed_kernel(const EmbedArgs args) {
 
 void embed(Stream& stream, const Fragments& w, const int32_t* tokens, int n_tok, const int32_t* input_order, float* x) {
   if (n_tok == 0) return;
-  const Dim3 grid{static_cast<unsigned>((w.columns + kThreads - 1) / kThreads), static_cast<unsigned>(n_tok)};
+  const Dim3 grid{static_cast<unsigned>(n_tok), static_cast<unsigned>((w.columns + kThreads - 1) / kThreads)};
   launch(stream, embed_kernel, {w, tokens, input_order, x}, grid, kThreads, 0, Start::kEarly);
 }
 

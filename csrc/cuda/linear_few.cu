@@ -12,6 +12,8 @@
 // loop: FewKindILNS0_5CodesE2 2.0 per weight, 96 weights
 #include "cuda/linear_few.h"
 
+#include <cmath>
+
 #include "cuda/device.h"
 #include "cuda/linear_few.cuh"
 #include "error.h"
@@ -56,7 +58,7 @@ struct StoreSwigluEpilogue {
 
   PYLLAMA_DEVICE void operator()(int row, int token, float gate, float up) const {
     const int i = row / 16 * 8 + row % 16;
-    if (i < out.hidden_dim) out.y[token * out.stride + i] = gate / (1.0f + exp(-gate)) * up;
+    if (i < out.hidden_dim) out.y[token * out.stride + i] = gate / (1.0f + expf(-gate)) * up;
   }
 };
 

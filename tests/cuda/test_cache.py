@@ -111,6 +111,15 @@ def test_values(emulated: Emulated, head_dim: int, q8: bool) -> None:
     assert touched.sum() == len(step.pos) * 2 * per_token
 
 
+def test_more_tokens_than_a_grid_is_high(emulated: Emulated) -> None:
+    n = 65_537
+    cache = Cache(False, 1, 2)
+    step = Step.random(cache, 1, list(range(n)), [0] * n, seed=6)
+    q = step.run(emulated, empty_pages(emulated, cache, 1))
+    wanted, _, _ = step.rotated()
+    assert (np.abs(q - wanted) <= 2.0**-22 * np.abs(step.qkv).max()).all()
+
+
 @BOTH
 def test_every_slot_of_a_page(emulated: Emulated, q8: bool) -> None:
     """64 tokens that fill a page leave no byte of it as it was, and each is where it belongs."""

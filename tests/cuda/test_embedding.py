@@ -44,6 +44,12 @@ def test_columns_in_another_order(emulated: Emulated) -> None:
     assert (np.abs(x[:, order] - exact) <= 2.0**-24 * np.abs(exact)).all()
 
 
+def test_more_tokens_than_a_grid_is_high(emulated: Emulated) -> None:
+    w = random_weight((16, 3), 11, format="f16")
+    tokens = np.arange(65_537) % 16
+    assert (embed(emulated, w, tokens) == w.parts()[0][tokens]).all()
+
+
 def test_tokens_that_are_no_rows(emulated: Emulated) -> None:
     w = random_weight(SHAPE, 10, format="q4", group=64)
     x = embed(emulated, w, np.array([-1, 53, 2**31 - 1, 52]))

@@ -182,11 +182,15 @@ def test_swiglu(emulated: Emulated, case: dict[str, object]) -> None:
     x = activations(4, 160, seed=9) / 100
     tile, r = np.divmod(np.arange(48), 16)
     row_map = np.where(r < 8, 8 * tile + r, 24 + 8 * tile + r - 8).astype(np.int32)
-    g, u = (product(emulated, [w], x).astype(np.float64) for w in (gate, up))
+    apart = np.concatenate([product(emulated, [w], x) for w in (gate, up)], axis=1)
+    g, u = np.split(apart.astype(np.float64), 2, axis=1)
     with np.errstate(over="ignore"):
         expected = g / (1 + np.exp(-g)) * u
     found = product(emulated, [gate, up], x, row_map=row_map, swiglu=True)
     np.testing.assert_allclose(found, expected, rtol=2.0**-20, atol=1e-30)
+    by_itself = np.zeros_like(found)
+    emulated.call("swiglu_rows", np.array([4, 48, 48], np.int32), apart, by_itself)
+    assert (found == by_itself).all()  # vector.cu's, to the bit: both are in float
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[9], CASES[-3]], ids=case_name)

@@ -67,6 +67,13 @@ def test_swiglu(emulated: Emulated, columns: int) -> None:
     assert (np.abs(y - exact) <= 8 * 2.0**-24 * np.abs(exact)).all()  # exp to two roundings, and four more
 
 
+def test_swiglu_of_more_tokens_than_a_grid_is_high(emulated: Emulated) -> None:
+    x = rows(65_537, 2, seed=5)
+    gate, up = x.astype(np.float64).T
+    exact = gate / (1 + np.exp(-gate)) * up
+    assert (np.abs(swiglu(emulated, x, columns=2)[:, 0] - exact) <= 8 * 2.0**-24 * np.abs(exact)).all()
+
+
 def test_swiglu_far_out(emulated: Emulated) -> None:
     """Gates beyond exp's range give 0 and the gate itself; what is no number stays none."""
     gate = np.array([-1e4, -200, -90, 0, 90, 200, 1e4, np.nan, np.inf], np.float32)
