@@ -118,8 +118,8 @@ PYLLAMA_DEVICE void prepare_queries(const AttendArgs& a, const Tile& t) {
   const bool finite = largest < kInfinity;
   const int exponent = static_cast<int>(largest >> 23) - 127;
   const int shift = finite ? kLargestQuery - (exponent < -100 ? -100 : exponent) : 0;
-  const float power = as_float(static_cast<uint32_t>(shift + 127) << 23);
-  const float inverse = as_float(static_cast<uint32_t>(127 - shift) << 23);
+  const float power = power_of_two(shift);
+  const float inverse = power_of_two(-shift);
   if (part == 0) Shared<kBlocks>::factors()[r] = finite ? inverse * a.scale : as_float(0x7fc00000);
   half2* to = reinterpret_cast<half2*>(Shared<kBlocks>::queries() + r / 8 * (kBlocks * 512) + r % 8 * 64 + part * 8);
   PYLLAMA_UNROLL
@@ -173,13 +173,21 @@ PYLLAMA_DEVICE uint32_t two_bytes(uint32_t w, uint32_t selector) {
 }
 constexpr uint32_t kLowBytes = 0x4140, kHighBytes = 0x4342;
 
+// The queries of piece b's 32 dimensions as two operands of the products with keys.
+template <int kBlocks>
+PYLLAMA_DEVICE void load_queries(uint32_t (&first)[4], uint32_t (&second)[4], int b) {
+  const uint4 lo = load_16(Shared<kBlocks>::queries() + b * 512 + lane() * 16);
+  const uint4 hi = load_16(Shared<kBlocks>::queries() + (kBlocks + b) * 512 + lane() * 16);
+  first[0] = lo.x, first[1] = hi.x, first[2] = lo.y, first[3] = hi.y;
+  second[0] = lo.z, second[1] = hi.z, second[2] = lo.w, second[3] = hi.w;
+}
+
 // s[j] += queries · keys over the 32 dimensions of piece b; s[j] are rows g, g and g + 8, g + 8 at keys 8j + 2t, 8j +
 // 2t + 1.
 template <int kBlocks>
 PYLLAMA_DEVICE void add_scores(float (&s)[kPageTiles][4], const Piece<false>& keys, int b) {
-  const uint4 lo = load_16(Shared<kBlocks>::queries() + b * 512 + lane() * 16);
-  const uint4 hi = load_16(Shared<kBlocks>::queries() + (kBlocks + b) * 512 + lane() * 16);
-  const uint32_t first[4] = {lo.x, hi.x, lo.y, hi.y}, second[4] = {lo.z, hi.z, lo.w, hi.w};
+  uint32_t first[4], second[4];
+  load_queries<kBlocks>(first, second, b);
   PYLLAMA_UNROLL
   for (int j = 0; j < kPageTiles; j++) {
     mma_m16n8k16(s[j], first, {keys.v[j].x, keys.v[j].y});
@@ -188,9 +196,8 @@ PYLLAMA_DEVICE void add_scores(float (&s)[kPageTiles][4], const Piece<false>& ke
 }
 template <int kBlocks>
 PYLLAMA_DEVICE void add_scores(float (&s)[kPageTiles][4], const Piece<true>& keys, int b) {
-  const uint4 lo = load_16(Shared<kBlocks>::queries() + b * 512 + lane() * 16);
-  const uint4 hi = load_16(Shared<kBlocks>::queries() + (kBlocks + b) * 512 + lane() * 16);
-  const uint32_t first[4] = {lo.x, hi.x, lo.y, hi.y}, second[4] = {lo.z, hi.z, lo.w, hi.w};
+  uint32_t first[4], second[4];
+  load_queries<kBlocks>(first, second, b);
   PYLLAMA_UNROLL
   for (int j = 0; j < kPageTiles; j++) {
     const uint32_t w0 = word(keys.v[j / 2], j % 2 * 2), w1 = word(keys.v[j / 2], j % 2 * 2 + 1);

@@ -261,6 +261,8 @@ PYLLAMA_DEVICE half2 as_half2(uint32_t bits) { return bits_as<half2>(bits); }
 PYLLAMA_DEVICE uint32_t as_bits(half2 v) { return bits_as<uint32_t>(v); }
 PYLLAMA_DEVICE uint32_t as_bits(float v) { return bits_as<uint32_t>(v); }
 PYLLAMA_DEVICE float as_float(uint32_t bits) { return bits_as<float>(bits); }
+// 2^exponent for -126 … 127, and 0 at -127.
+PYLLAMA_DEVICE float power_of_two(int exponent) { return as_float(static_cast<uint32_t>(exponent + 127) << 23); }
 
 // 2^x to about 2^-22 of it: 0 at -infinity, 1 at 0, NaN for NaN; what would be below 2^-126 is 0.
 PYLLAMA_DEVICE float exp2_approx(float x) {

@@ -83,8 +83,6 @@ PYLLAMA_DEVICE float number_at(const uint8_t* p, int64_t index, Number type) {
   return type == Number::f16 ? to_float(low(as_half2(bits))) : as_float(bits << 16);
 }
 
-PYLLAMA_DEVICE float power_of_two(int exponent) { return as_float(static_cast<uint32_t>(exponent + 127) << 23); }
-
 // value * 2^exponent; in two steps, since 2^140 is no float.
 PYLLAMA_DEVICE float scaled(float value, int exponent) {
   const int first = exponent / 2;

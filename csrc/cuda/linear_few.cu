@@ -70,8 +70,6 @@ struct FewArgs {
   Epilogue epilogue;
 };
 
-PYLLAMA_DEVICE float power_of_two(int exponent) { return as_float(static_cast<uint32_t>(exponent + 127) << 23); }
-
 // The largest |x| of a token among finite numbers, as bits: those of positive floats are ordered as the floats are.
 PYLLAMA_DEVICE uint32_t largest_bits(const PrepareArgs& args, const float* x) {
   uint32_t largest = 0;

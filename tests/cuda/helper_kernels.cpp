@@ -117,6 +117,11 @@ PYLLAMA_KERNEL void exponential(const Words w) {
   w.out[global_thread()] = as_bits(exp2_approx(as_float(w.in[global_thread()])));
 }
 
+// in: one exponent a thread.
+PYLLAMA_KERNEL void powers_of_two(const Words w) {
+  w.out[global_thread()] = as_bits(power_of_two(static_cast<int>(w.in[global_thread()])));
+}
+
 template <class T>
 PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(1024, 1) void read_only_copy(const Words w) {
   reinterpret_cast<T*>(w.out)[global_thread()] = load_read_only(reinterpret_cast<const T*>(w.in) + global_thread());
@@ -209,6 +214,7 @@ extern const NamedKernel kHelperKernels[] = {
     {"load_if_8", load_if<2>},
     {"load_if_16", load_if<4>},
     {"exponential", exponential},
+    {"powers_of_two", powers_of_two},
     {"wide_copy", wide_copy},
     {"read_only_copy_4", read_only_copy<float>},
     {"read_only_copy_8", read_only_copy<uint2>},

@@ -118,6 +118,13 @@ def describe(weights: list[Stored]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(numbers, np.int64).ravel(), np.concatenate(payloads)
 
 
+def matrix_arguments(weights: list[Stored], row_map: np.ndarray | None) -> tuple[np.ndarray | int, ...]:
+    """The arguments by which entries that stack weights to one matrix are told about them."""
+    numbers, payload = describe(weights)
+    rows = np.zeros(1, np.int32) if row_map is None else row_map
+    return numbers, len(weights), payload, payload.size, rows, int(row_map is not None)
+
+
 @dataclass
 class Bytes:
     """A matrix on the device: bytes of codes, words of scales as uint32, row_scales float32."""
@@ -133,18 +140,11 @@ class Bytes:
 
 
 def bytes_on_device(emulated: Emulated, weights: list[Stored], like: Bytes, row_map: np.ndarray | None = None) -> Bytes:
-    numbers, payload = describe(weights)
     found = Bytes(*(np.full_like(a, 77) for a in vars(like).values()))
     sizes = np.array([a.nbytes for a in vars(like).values()], np.int64)
-    unused = np.zeros(1, np.int32)
     emulated.call(
         "make_fragments",
-        numbers,
-        len(weights),
-        payload,
-        payload.size,
-        unused if row_map is None else row_map,
-        int(row_map is not None),
+        *matrix_arguments(weights, row_map),
         sizes,
         found.codes,
         found.scales,

@@ -201,6 +201,12 @@ def test_powers_of_two(emulated: Emulated) -> None:
     assert np.isinf(found[x >= 128]).all()
 
 
+def test_exact_powers_of_two(emulated: Emulated) -> None:
+    exponents = np.arange(-127, 128, dtype=np.int32)
+    found = emulated.run("powers_of_two", exponents, 255, block=255).view(np.float32)
+    assert (found[1:] == np.ldexp(np.float32(1), exponents[1:])).all() and found[0] == 0
+
+
 def test_the_short_product(emulated: Emulated) -> None:
     rng = RNG(12)
     a, b = rng.standard_normal((16, 8)).astype(np.float16), rng.standard_normal((8, 8)).astype(np.float16)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.cuda.conftest import Emulated, EmulationError
-from tests.cuda.helpers_fragments import CASES, Stored, case_name, describe, random_weight
+from tests.cuda.helpers_fragments import CASES, Stored, case_name, matrix_arguments, random_weight
 
 RNG = np.random.default_rng
 BIAS, RESIDUAL, INPUT_ORDER, SWIGLU, UPLOAD_LAST = 1, 2, 4, 8, 16
@@ -27,7 +27,6 @@ def product(
     multiprocessors: int = 2,
 ) -> np.ndarray:
     """float32 [n_tokens, rows]. x's rows are apart by more than their length, and so are y's."""
-    numbers, payload = describe(weights)
     rows = sum(w.spec.shape[0] for w in weights)
     order = weights[0].packed.input_order
     out = np.full((len(x), rows + 3), 7.0, np.float32)
@@ -39,12 +38,7 @@ def product(
     unused = np.zeros(1, np.int32)
     emulated.call(
         "multiply_few",
-        numbers,
-        len(weights),
-        payload,
-        payload.size,
-        unused if row_map is None else row_map,
-        int(row_map is not None),
+        *matrix_arguments(weights, row_map),
         wide,
         len(x),
         wide.shape[1],
