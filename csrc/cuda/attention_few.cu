@@ -33,12 +33,12 @@ constexpr int kLargestQuery = 13;  // queries are brought to 2^13 … 2^14
 constexpr uint32_t kInfinity = 0x7f800000;
 
 struct AttendArgs {
-  AttendFew io;
+  AttendBuffers io;
   CacheLayout cache;
   int layer;
   int n_heads, group;  // group: query heads that share a key/value head
   int max_splits;
-  int64_t n_rows;  // of q and o, times n_heads
+  int max_span_tok;
   int row_tiles;
   int tile_rows;  // rows of a tile, at most: what shared memory is made for
   float scale;    // log2(e)/√head_dim: softmax here is in powers of two
@@ -354,16 +354,20 @@ PYLLAMA_DEVICE void store_result(const AttendArgs& a, int64_t row, int d, const 
   }
 }
 
-// Partials: [n_tok·n_heads][max_splits][wide], a multiple of 128 bytes, so that the 16-byte loads of what the splits
-// give are aligned; then [n_tok·n_heads][max_splits]{top, sum}. `row` is row_in_step's.
+// The tile's number among all of the grid, whatever the split.
+PYLLAMA_DEVICE int64_t tile_number() { return int64_t{block_index().z} * grid_size().x + block_index().x; }
+
+// Partials: [tiles][tile_rows][max_splits][wide], a multiple of 128 bytes, so that the 16-byte loads of what the splits
+// give are aligned; then [tiles][tile_rows][max_splits]{top, sum}.
 struct Partials {
   float* out;
   float2* sums;
 };
-PYLLAMA_DEVICE Partials partials_of(const AttendArgs& a, int64_t row) {
-  const int64_t slot = row * a.max_splits;
+PYLLAMA_DEVICE Partials partials_of(const AttendArgs& a, int r) {
+  const int64_t tiles = int64_t{grid_size().z} * grid_size().x, each = a.tile_rows * a.max_splits;
+  const int64_t slot = tile_number() * each + r * a.max_splits;
   return {a.io.partials + slot * a.cache.wide,
-          reinterpret_cast<float2*>(a.io.partials + a.n_rows * a.max_splits * a.cache.wide) + slot};
+          reinterpret_cast<float2*>(a.io.partials + tiles * each * a.cache.wide) + slot};
 }
 
 // For a tile with more keys than there are splits in the grid: nobody would be the last to arrive, so the output would
@@ -381,7 +385,7 @@ PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes ? 2 : 3) void attend_few_k
   let_next_kernel_start();
   const Tile t = tile_of_block(a);
   const int split = static_cast<int>(block_index().y);
-  if (t.rows <= 0 || split >= t.splits) return;
+  if (t.rows <= 0 || split >= t.splits || t.span.n_tok > a.max_span_tok) return;
   if (t.splits > a.max_splits) {
     if (split == 0) store_nan(a, t);
     return;
@@ -401,12 +405,11 @@ PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes ? 2 : 3) void attend_few_k
   for (int r = static_cast<int>(warp()); r < t.rows; r += kSplitPages) {
     const Folded f = fold(S::sums(0, a.tile_rows) + r, a.tile_rows, S::out(0, a.tile_rows) + r * S::kRow + d,
                           a.tile_rows * S::kRow, n_pages, has_columns);
-    const int64_t row = row_in_step(a, t, r);
     if (t.splits == 1) {
-      store_result(a, row, d, f);
+      store_result(a, row_in_step(a, t, r), d, f);
       continue;
     }
-    const Partials to = partials_of(a, row);
+    const Partials to = partials_of(a, r);
     if (lane() == 0) to.sums[split] = {f.top, f.sum};
     if (has_columns) {
       store_16(to.out + int64_t{split} * a.cache.wide + d,
@@ -420,7 +423,7 @@ PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes ? 2 : 3) void attend_few_k
   barrier();
   int* turn = reinterpret_cast<int*>(shared_memory());
   if (thread_index() == 0) {
-    int* arrived = a.io.arrived + int64_t{block_index().z} * grid_size().x + block_index().x;
+    int* arrived = a.io.arrived + tile_number();
     *turn = atomic_add(arrived, 1);
     if (*turn == t.splits - 1) *arrived = 0;  // for the next launch
   }
@@ -428,9 +431,8 @@ PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes ? 2 : 3) void attend_few_k
   if (*turn != t.splits - 1) return;
   fence();
   for (int r = static_cast<int>(warp()); r < t.rows; r += kSplitPages) {
-    const int64_t row = row_in_step(a, t, r);
-    const Partials from = partials_of(a, row);
-    store_result(a, row, d, fold(from.sums, 1, from.out + d, a.cache.wide, t.splits, has_columns));
+    const Partials from = partials_of(a, r);
+    store_result(a, row_in_step(a, t, r), d, fold(from.sums, 1, from.out + d, a.cache.wide, t.splits, has_columns));
   }
 }
 
@@ -457,16 +459,21 @@ size_t shared_bytes_of(int blocks, int tile_rows) {
   return std::max(queries, results);
 }
 
+int tile_rows_of(const CacheLayout& cache, const AttendShape& shape) {
+  return std::min(kTileRows, shape.max_span_tok * (shape.n_heads / cache.n_kv_heads));
+}
+
 }  // namespace
 
 AttendRoom attend_few_room(const CacheLayout& cache, const AttendShape& shape) {
-  const size_t rows = static_cast<size_t>(shape.n_tok) * static_cast<size_t>(shape.n_heads);
   const size_t tiles = static_cast<size_t>(row_tiles_of(cache, shape) * cache.n_kv_heads * shape.n_spans);
+  const size_t rows = tiles * static_cast<size_t>(tile_rows_of(cache, shape));
   return {rows * static_cast<size_t>(splits_of(shape)) * static_cast<size_t>(cache.wide + 2) * sizeof(float),
           tiles * sizeof(int32_t)};
 }
 
-void attend_few(Stream& stream, const CacheLayout& cache, int layer, const AttendShape& shape, const AttendFew& args) {
+void attend_few(Stream& stream, const CacheLayout& cache, int layer, const AttendShape& shape,
+                const AttendBuffers& args) {
   if (shape.n_heads % cache.n_kv_heads != 0) {
     throw std::invalid_argument("n_heads " + std::to_string(shape.n_heads) + " is no multiple of n_kv_heads " +
                                 std::to_string(cache.n_kv_heads));
@@ -479,9 +486,9 @@ void attend_few(Stream& stream, const CacheLayout& cache, int layer, const Atten
   a.n_heads = shape.n_heads;
   a.group = shape.n_heads / cache.n_kv_heads;
   a.max_splits = splits_of(shape);
-  a.n_rows = int64_t{shape.n_tok} * shape.n_heads;
+  a.max_span_tok = shape.max_span_tok;
   a.row_tiles = row_tiles_of(cache, shape);
-  a.tile_rows = std::min(kTileRows, shape.max_span_tok * a.group);
+  a.tile_rows = tile_rows_of(cache, shape);
   a.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(cache.head_dim)));
   const int blocks = cache.wide / 32;
   const Kernel kernel = cache.type == CacheType::q8 ? kernel_of<true>(blocks) : kernel_of<false>(blocks);

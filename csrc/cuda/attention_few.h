@@ -4,10 +4,7 @@
 // give is added up in ascending order. Not for prompts: a tile of 16 rows reads all of its keys for itself.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-#include "cuda/cache.h"
+#include "cuda/attention.h"
 
 namespace pyllama {
 namespace cuda {
@@ -15,42 +12,10 @@ namespace cuda {
 constexpr int kSplitPages = 4;  // of 64 keys: one for each warp of a block
 constexpr int kTileRows = 16;   // a row: one token, one query head
 
-// A run of consecutive tokens of one sequence inside a step, as Span of backend.h.
-struct DeviceSpan {
-  int32_t first;  // row of its first token in the step
-  int32_t n_tok;
-  int32_t pos;    // absolute position of its first token
-  int32_t pages;  // index in AttendFew::pages of its first page
-};
-
-// All pointers are to device memory.
-struct AttendFew {
-  const float* q = nullptr;  // [n_tok][n_heads·head_dim], rotated
-  float* o = nullptr;        // [n_tok][n_heads·head_dim]
-  const DeviceSpan* spans = nullptr;
-  uint8_t* const* pages = nullptr;  // of all spans: those that cover positions 0 … pos + n_tok - 1
-  // Room for what the splits give, of attend_few_room(), and counters that are zero before and after.
-  float* partials = nullptr;
-  int32_t* arrived = nullptr;
-};
-
-// The step's shape as far as a recorded graph must know it; the spans themselves are read on the device and may be
-// smaller.
-struct AttendShape {
-  int n_spans = 0;
-  int max_span_tok = 0;  // tokens of a span, at most
-  int max_keys = 0;      // pos + n_tok, at most; spans that need more splits than this give NaN
-  int n_tok = 0;         // rows of q and o
-  int n_heads = 0;       // a multiple of the cache's n_kv_heads
-};
-struct AttendRoom {
-  size_t partials_bytes, arrived_bytes;
-};
+// The arguments are attend()'s. Spans of more than shape.max_span_tok tokens are left to somebody else.
 AttendRoom attend_few_room(const CacheLayout& cache, const AttendShape& shape);
-
-// o = softmax(q·kᵀ/√head_dim)·v, causal. Weights and values are products of halves summed in float; queries are brought
-// to halves by a power of two for each row.
-void attend_few(Stream& stream, const CacheLayout& cache, int layer, const AttendShape& shape, const AttendFew& args);
+void attend_few(Stream& stream, const CacheLayout& cache, int layer, const AttendShape& shape,
+                const AttendBuffers& args);
 
 }  // namespace cuda
 }  // namespace pyllama

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "array.h"
-#include "cuda/attention_few.h"
+#include "cuda/attention.h"
 #include "cuda/cache.h"
 #include "entry.h"
 
@@ -59,12 +59,13 @@ PYLLAMA_TEST_ENTRY int rope_append_step(const int32_t* shape, const int32_t* ste
   });
 }
 
-// step: layer, n_tok, n_heads, n_spans, max_span_tok, max_keys, n_pages, entries of the page table, launches.
-PYLLAMA_TEST_ENTRY int attend_few_step(const int32_t* shape, const int32_t* step, const DeviceSpan* spans,
-                                       const int32_t* page_ids, const uint8_t* pages, const float* q, float* o) {
+// step: layer, n_tok, n_heads, n_spans, max_span_tok, max_keys, n_pages, entries of the page table, launches,
+// multiprocessors, shared_bytes.
+PYLLAMA_TEST_ENTRY int attend_step(const int32_t* shape, const int32_t* step, const DeviceSpan* spans,
+                                   const int32_t* page_ids, const uint8_t* pages, const float* q, float* o) {
   return guarded([&] {
     const CacheLayout l = layout_of(shape);
-    const AttendShape s{step[3], step[4], step[5], step[1], step[2]};
+    const AttendShape s{step[3], step[4], step[5], step[1], step[2], step[9], static_cast<size_t>(step[10])};
     const size_t numbers = static_cast<size_t>(step[1]) * static_cast<size_t>(step[2] * l.head_dim);
     Stream stream;
     const Array<uint8_t> cache(stream, pages, static_cast<size_t>(step[6] * l.page_bytes));
@@ -72,15 +73,15 @@ PYLLAMA_TEST_ENTRY int attend_few_step(const int32_t* shape, const int32_t* step
     const Array<uint8_t*> page_table(stream, table.data(), table.size());
     const Array<DeviceSpan> device_spans(stream, spans, static_cast<size_t>(step[3]));
     const Array<float> queries(stream, q, numbers);
-    const AttendRoom room = attend_few_room(l, s);
+    const AttendRoom room = attend_room(l, s);
     const Memory partials(room.partials_bytes, "partials"), arrived(room.arrived_bytes, "arrived");
     stream.fill(arrived.data(), 0, room.arrived_bytes);
     std::vector<float> first;
     for (int i = 0; i < step[8]; i++) {  // a later launch finds the counters that the one before left
       Array<float> out(stream, o, numbers);
-      attend_few(stream, l, step[0], s,
-                 {queries.data(), out.data(), device_spans.data(), page_table.data(), partials.as<float>(),
-                  arrived.as<int32_t>()});
+      attend(stream, l, step[0], s,
+             {queries.data(), out.data(), device_spans.data(), page_table.data(), partials.as<float>(),
+              arrived.as<int32_t>()});
       out.back(stream, o);
       stream.wait();
       if (i == 0) first.assign(o, o + numbers);

@@ -93,9 +93,9 @@ def attend(
     rows = np.array([[f, len(s.q), s.pos, p] for f, s, p in zip(first, spans, at, strict=False)], np.int32)
     most = max(len(s.q) for s in spans)
     keys = max(s.pos + len(s.q) for s in spans) + room
-    step = [layer, len(q), q.shape[1], len(spans), most, keys, len(pages), len(ids), launches]
+    step = [layer, len(q), q.shape[1], len(spans), most, keys, len(pages), len(ids), launches, 4, 0]
     o = np.full(q.shape, 7, np.float32)  # what nobody writes is neither right nor NaN
-    emulated.call("attend_few_step", cache.shape, np.array(step, np.int32), rows, ids, data, q, o)
+    emulated.call("attend_step", cache.shape, np.array(step, np.int32), rows, ids, data, q, o)
     return o
 
 
