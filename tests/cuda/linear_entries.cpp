@@ -1,4 +1,4 @@
-// Entry points for tests of weights in fragment order and of the product for 1 to 8 tokens. Weights come as a payload
+// Entry points for tests of weights in fragment order and of products. Weights come as a payload
 // in our tiles and a description: see `Described`.
 #include <cstring>
 #include <vector>
@@ -161,11 +161,11 @@ PYLLAMA_TEST_ENTRY int embed_tokens(const int64_t* described, const uint8_t* pay
 
 // y [n_tokens][y_stride], both ways, of x [n_tokens][x_stride]. extras: bit 0: bias, bit 1: y itself is the residual,
 // bit 2: input_order, bit 3: SwiGLU into hidden_dim = rows / 2 numbers, bit 4: the weights' upload is the last thing
-// before the product.
-PYLLAMA_TEST_ENTRY int multiply_few(const int64_t* described, int64_t n, const uint8_t* payload, int64_t payload_bytes,
-                                    const int32_t* row_map, int64_t has_map, const float* x, int64_t n_tokens,
-                                    int64_t x_stride, const int32_t* input_order, const float* bias, int64_t extras,
-                                    int64_t multiprocessors, float* y, int64_t y_stride) {
+// before the product, bit 5: straight to linear_few.
+PYLLAMA_TEST_ENTRY int multiply(const int64_t* described, int64_t n, const uint8_t* payload, int64_t payload_bytes,
+                                const int32_t* row_map, int64_t has_map, const float* x, int64_t n_tokens,
+                                int64_t x_stride, const int32_t* input_order, const float* bias, int64_t extras,
+                                int64_t multiprocessors, float* y, int64_t y_stride) {
   return guarded([&] {
     Stream stream;
     const Described from(stream, described, n, payload, payload_bytes);
@@ -180,21 +180,23 @@ PYLLAMA_TEST_ENTRY int multiply_few(const int64_t* described, int64_t n, const u
     stream.copy_to_device(y_out.data(), y, y_out.bytes());
     if (extras & 1) stream.copy_to_device(biases.data(), bias, biases.bytes());
     if (extras & 4) stream.copy_to_device(order.data(), input_order, order.bytes());
-    const ActivationSizes sizes = activation_sizes(w.f.columns);
+    const int count = static_cast<int>(n_tokens), processors = static_cast<int>(multiprocessors);
+    const ActivationSizes sizes = activation_sizes(w.f.columns, count);
     const Memory values(sizes.values_bytes, "values"), sums(sizes.sums_bytes, "sums"),
         scales(sizes.scales_bytes, "scales");
     const Activations activations{values.as<uint8_t>(), sums.as<uint32_t>(), scales.as<float>()};
-    prepare_activations(stream, x_in.as<float>(), x_stride, static_cast<int>(n_tokens), w.f.columns,
-                        extras & 4 ? order.as<int32_t>() : nullptr, activations);
+    prepare_activations(
+        stream, {x_in.as<float>(), x_stride, count, w.f.columns, nullptr, extras & 4 ? order.as<int32_t>() : nullptr},
+        activations);
     float* const out = y_out.as<float>();
+    const StoreRows rows{out, y_stride, extras & 1 ? biases.as<float>() : nullptr, extras & 2 ? out : nullptr};
     if (extras & 16) w.upload(stream);
     if (extras & 8) {
-      linear_few(stream, w.f, activations, static_cast<int>(n_tokens), StoreSwiglu{out, y_stride, w.f.rows / 2},
-                 static_cast<int>(multiprocessors));
+      linear(stream, w.f, activations, count, StoreSwiglu{out, y_stride, w.f.rows / 2}, processors);
+    } else if (extras & 32) {
+      linear_few(stream, w.f, activations, count, rows, processors);
     } else {
-      linear_few(stream, w.f, activations, static_cast<int>(n_tokens),
-                 StoreRows{out, y_stride, extras & 1 ? biases.as<float>() : nullptr, extras & 2 ? out : nullptr},
-                 static_cast<int>(multiprocessors));
+      linear(stream, w.f, activations, count, rows, processors);
     }
     std::vector<float> result(y_out.bytes() / 4);  // not y: it is still to be copied to the device
     stream.copy_to_host(result.data(), out, y_out.bytes());

@@ -10,12 +10,6 @@ from tests.cuda.conftest import Emulated, EmulationError
 RNG = np.random.default_rng
 
 
-def rms_norm(emulated: Emulated, x: np.ndarray, weight: np.ndarray, *, columns: int, eps: float = 1e-5) -> np.ndarray:
-    y = np.zeros((len(x), columns), np.float32)
-    emulated.call("rms_norm_rows", np.array([len(x), columns, x.shape[1]], np.int32), x, weight, eps, y)
-    return y
-
-
 def swiglu(emulated: Emulated, x: np.ndarray, *, columns: int) -> np.ndarray:
     y = np.zeros((len(x), columns // 2), np.float32)
     emulated.call("swiglu_rows", np.array([len(x), columns, x.shape[1]], np.int32), x, y)
@@ -27,35 +21,6 @@ def rows(n_tok: int, columns: int, *, beside: int = 0, seed: int = 0, scale: flo
     x = (RNG(seed).standard_normal((n_tok, columns + beside)) * scale).astype(np.float32)
     x[:, columns:] = np.nan
     return x
-
-
-@pytest.mark.parametrize("columns", [1, 33, 512, 576, 8192, 9001])
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e15])
-def test_norm(emulated: Emulated, columns: int, scale: float) -> None:
-    x = rows(3, columns, beside=7, seed=columns, scale=scale)
-    weight = RNG(1).standard_normal(columns).astype(np.float32)
-    y = emulated.in_all_orders(lambda: rms_norm(emulated, x, weight, columns=columns))
-    exact = x[:, :columns].astype(np.float64)
-    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * weight
-    # A thread adds up to 18 squares and the tree as many again; half of that is left by the root. Then five roundings.
-    assert (np.abs(y - exact) <= (20 + 5) * 2.0**-24 * np.abs(exact)).all()
-
-
-def test_norm_does_not_depend_on_the_other_rows(emulated: Emulated) -> None:
-    x = rows(8, 700, seed=2)
-    weight = np.ones(700, np.float32)
-    together = rms_norm(emulated, x, weight, columns=700)
-    for t in range(8):
-        assert (rms_norm(emulated, x[t : t + 1], weight, columns=700) == together[t]).all()
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
-def test_norm_of_what_has_no_norm_is_nan(emulated: Emulated, bad: float) -> None:
-    """1e20 has a square that no float holds."""
-    x = rows(2, 600, seed=3)
-    x[1, 599] = bad
-    y = rms_norm(emulated, x, np.ones(600, np.float32), columns=600)
-    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all()
 
 
 @pytest.mark.parametrize("columns", [2, 90, 1024])
