@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# csrc/cuda/device.h in every branch: a kernel for each helper, compiled by nvcc for one architecture of each kind. The same
-# file runs through the emulation in tests/cuda. Arguments are other architectures (75 90); NVCC names the compiler.
+# The tests' C++ files as CUDA, by nvcc: tests/cuda/helper_kernels.cpp, which has a kernel for each helper of
+# csrc/cuda/device.h, for one architecture of each kind; the others for one, as `make gpu-check` compiles them. Runs
+# nothing. Arguments are other architectures for the helpers (75 90); NVCC names the compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,3 +14,5 @@ for arch in "${@:-75 80 90 120}"; do
     echo "check_device: sm_$one compiles"
   done
 done
+python3 -m tests.cuda.compiling --tests-only --architecture 90 "$out/tests.so"
+echo "check_device: the tests compile for a device"

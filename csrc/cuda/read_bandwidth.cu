@@ -60,7 +60,7 @@ double read_bandwidth(int device, int64_t bytes, int repeats) {
   stream.fill(data.data(), kFill, data.bytes());
   double best = std::numeric_limits<double>::infinity();
   for (int pass = 0; pass <= repeats; ++pass) {
-    Event begin, end;
+    Event begin(Event::kTimed), end(Event::kTimed);
     stream.record(begin);
     launch(stream, read_kernel, {data.as<uint4>(), static_cast<uint64_t>(bytes) / 16, sums.as<uint32_t>()},
            {grid, 1, 1}, kThreads);

@@ -98,10 +98,12 @@ class HostMemory {
   void* data_ = nullptr;
 };
 
-// A point in a stream's work. Of the device that is current, which must be the stream's.
+// A point in a stream's work. Of the device that is current, which must be the stream's. Only kTimed ones have a time,
+// and cost more.
 class Event {
  public:
-  Event();
+  enum Clock { kUntimed, kTimed };
+  explicit Event(Clock clock = kUntimed);
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
   ~Event();
@@ -112,13 +114,17 @@ class Event {
   void* handle_;
 };
 
-// Between two events that were recorded and waited for; the emulation's clock means nothing.
+// Between two timed events that were recorded and waited for; the emulation's clock means nothing.
 double seconds_between(const Event& begin, const Event& end);
 
 // When a kernel may start. `kEarly`: before the one in front of it has ended (programmatic dependent launch, sm_90+;
 // elsewhere as kAfterPrevious). All its threads must then call wait_for_previous_kernel() before they touch what an
 // earlier kernel writes or reads.
 enum class Start { kAfterPrevious, kEarly };
+
+// For tests and measurements: without, kEarly is kAfterPrevious, in the whole process. They are allowed at first,
+// unless PYLLAMA_CUDA_DEBUG has the word no-early.
+void allow_early_starts(bool allowed);
 
 struct LaunchShape {
   Dim3 grid;

@@ -3,8 +3,11 @@
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 
+#include <atomic>
 #include <cstdlib>
+#include <map>
 #include <memory>
+#include <mutex>
 
 #include "runtime.h"
 
@@ -43,6 +46,26 @@ int kind_of(cudaError_t code) {
   }
 }
 
+// After these the device takes no more work from this process, and every later call fails with the same code.
+bool breaks_the_context(cudaError_t code) {
+  switch (code) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorHardwareStackError:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorECCUncorrectable:
+    case cudaErrorContextIsDestroyed:
+      return true;
+    default:
+      return false;
+  }
+}
+
 constexpr const char* kNoDriver = "libcuda.so.1 is not there or does not answer";
 
 void check(cudaError_t code, const std::string& what) {
@@ -50,7 +73,9 @@ void check(cudaError_t code, const std::string& what) {
   cudaGetLastError();  // has been told: the next call must not find it again
   const int kind = kind_of(code);
   if (kind == kPyllamaCudaNoDriver) throw Error(kind, kNoDriver);  // CUDA's own words speak of an old one
-  throw Error(kind, what + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ")");
+  const char* lasting =
+      breaks_the_context(code) ? "; this process cannot use the device any more, start a new one" : "";
+  throw Error(kind, what + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ")" + lasting);
 }
 
 std::string readable(const char* mangled) {
@@ -98,17 +123,53 @@ cudaStream_t raw(const Stream& stream) {
 cudaEvent_t raw(const Event& event) { return static_cast<cudaEvent_t>(event.handle()); }
 cudaGraphExec_t raw(const Graph& graph) { return static_cast<cudaGraphExec_t>(graph.handle()); }
 
-// Code for sm_90 and later alone waits for the kernel before it: what was compiled from the PTX of an older
-// architecture has no such instruction and must not start early, even on a device that could.
-bool may_start_early(const void* kernel, const char* name) {
-  cudaFuncAttributes found{};
-  check_launch(cudaFuncGetAttributes(&found, kernel), name);
-  return found.ptxVersion >= 90;
+// Is `word` among those of PYLLAMA_CUDA_DEBUG (docs/GPU.md)?
+bool debugging(const std::string& word) {
+  const char* words = std::getenv("PYLLAMA_CUDA_DEBUG");
+  return words && ("," + std::string(words) + ",").find("," + word + ",") != std::string::npos;
+}
+
+std::atomic<bool>& early_starts() {
+  // An older driver records an early start as none, or not at all.
+  constexpr int kRecordsEarlyStarts = 12030;
+  static std::atomic<bool> allowed{!debugging("no-early") && driver_or_none() >= kRecordsEarlyStarts};
+  return allowed;
+}
+
+// What a kernel is on one device: asked, and its shared memory allowed, once and not at each launch.
+struct KnownKernel {
+  bool may_start_early;
+  size_t shared_bytes;  // that a launch may have
+};
+
+KnownKernel know(const void* kernel, int device, size_t shared_bytes, const char* name) {
+  constexpr size_t kSharedWithoutAsking = 48 << 10;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, KnownKernel> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(kernel, device);
+  auto found = known.find(key);
+  if (found == known.end()) {
+    cudaFuncAttributes attributes{};
+    check_launch(cudaFuncGetAttributes(&attributes, kernel), name);
+    // Code for sm_90 and later alone waits for the kernel before it: what was compiled from the PTX of an older
+    // architecture has no such instruction and must not start early, even on a device that could.
+    found = known.emplace(key, KnownKernel{attributes.ptxVersion >= 90, kSharedWithoutAsking}).first;
+  }
+  if (shared_bytes > found->second.shared_bytes) {
+    check_launch(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        name);
+    found->second.shared_bytes = shared_bytes;
+  }
+  return found->second;
 }
 
 }  // namespace
 
 bool emulated() { return false; }
+
+void allow_early_starts(bool allowed) { early_starts() = allowed; }
 
 int runtime_version() { return CUDART_VERSION; }
 
@@ -150,6 +211,10 @@ size_t free_bytes(int device) {
 
 Memory::Memory(size_t bytes, const char* name) : bytes_(bytes) {
   check(cudaMalloc(&data_, bytes), std::string(name) + ", " + std::to_string(bytes) + " bytes");
+  static const bool poison = debugging("poison");
+  if (!poison) return;
+  check(cudaMemset(data_, 0xff, bytes), "poisoning memory");  // NaN in every type
+  check(cudaDeviceSynchronize(), "poisoning memory");         // streams do not wait for it
 }
 // Freeing null would be a call too: it makes a context, and ends a recording.
 Memory::~Memory() {
@@ -165,9 +230,10 @@ HostMemory::~HostMemory() {
 
 // ---- events and graphs
 
-Event::Event() {
+Event::Event(Clock clock) {
   cudaEvent_t event = nullptr;
-  check(cudaEventCreate(&event), "making an event");
+  check(cudaEventCreateWithFlags(&event, clock == kTimed ? cudaEventDefault : cudaEventDisableTiming),
+        "making an event");
   handle_ = event;
 }
 Event::~Event() { cudaEventDestroy(raw(*this)); }
@@ -233,7 +299,9 @@ Graph Stream::end_recording() {
   const cudaError_t code = cudaGraphInstantiate(&ready, recorded, 0);
   cudaGraphDestroy(recorded);
   check(code, "making a graph ready");
-  return Graph(ready);
+  Graph graph(ready);
+  check(cudaGraphUpload(ready, raw(*this)), "making a graph ready");  // now, and not in its first run
+  return graph;
 }
 
 void Stream::abandon_recording() noexcept {
@@ -246,11 +314,7 @@ void Stream::abandon_recording() noexcept {
 void Stream::launch_kernel(const char* name, const void* kernel, void (*)(const void*, const void*), const void* args,
                            size_t, const LaunchShape& shape) {
   make_current();  // a kernel's attributes are those on the current device
-  constexpr size_t kSharedWithoutAsking = 48 << 10;
-  if (shape.shared_bytes > kSharedWithoutAsking)
-    check_launch(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
-        name);
+  const KnownKernel known = know(kernel, device_, shape.shared_bytes, name);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.grid.x, shape.grid.y, shape.grid.z);
   config.blockDim = dim3(shape.block, 1, 1);
@@ -259,7 +323,7 @@ void Stream::launch_kernel(const char* name, const void* kernel, void (*)(const 
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  if (shape.start == Start::kEarly && may_start_early(kernel, name)) {
+  if (shape.start == Start::kEarly && known.may_start_early && early_starts()) {
     config.attrs = &early;
     config.numAttrs = 1;
   }

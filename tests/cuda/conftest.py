@@ -1,38 +1,52 @@
-"""The emulated device: csrc/cuda and the test kernels of this folder, compiled by g++ into one library.
+"""The device under test: csrc/cuda and the test kernels of this folder in one library, loaded by ctypes.
 
-Needs a C++ compiler and no CUDA; loaded by ctypes. A kernel is `Emulated.run(name, in, out_words, …)`; other entry
-points are `Emulated.call(name, *arguments)` with numpy arrays, numbers and strings. Results are compared in all thread
-orders by `in_all_orders`.
+Usually the device is emulated on the CPU, which needs a C++ compiler and no CUDA. With PYLLAMA_CUDA_TESTS=device it is
+a real one: the same sources compiled by nvcc, the same tests (`make gpu-check`); what only the emulation can tell is
+marked `emulation_only`. A kernel is `Emulated.run(name, in, out_words, …)`; other entry points are
+`Emulated.call(name, *arguments)` with numpy arrays, numbers and strings. Results are compared by `in_all_orders`: of
+threads; on a device from run to run, with early starts and without.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conftest import ROOT, _shared_temp
+from tests.cuda.compiling import (
+    DEFAULT_ARCHITECTURE,
+    CannotCompileError,
+    compile_emulated,
+    compile_for_device,
+    device_architecture,
+)
 
 ORDERS = ("ascending", "descending", "random:1", "random:2", "random:3")
+EARLY = (1, 1, 0)  # early starts of the runs on a device
+# emulation, device, or the path of a library that was compiled before (tests/cuda/compiling.py).
+TESTS_ON = os.environ.get("PYLLAMA_CUDA_TESTS") or "emulation"
+ON_DEVICE = TESTS_ON != "emulation"
+
+
+def emulation_only(why: str) -> pytest.MarkDecorator:
+    """For tests of what a device does not do: `why` says what."""
+    return pytest.mark.skipif(ON_DEVICE, reason=f"only in the emulation: {why}")
 
 
 class EmulationError(Exception):
-    """What the emulation found."""
+    """What the emulation found, or the device."""
 
 
 class Emulated:
     """The loaded library. Every failure of it is an EmulationError with its message."""
+
+    on_device = ON_DEVICE
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,67 +87,57 @@ class Emulated:
         return result
 
     def in_all_orders(self, run: Callable[[], np.ndarray]) -> np.ndarray:
-        """What `run` returns, after checking that it is the same bits whatever the order of threads and blocks."""
+        """What `run` returns, after checking that it is the same bits whatever the order of threads and blocks; on a
+        device, from run to run and whether kernels start early or not."""
+        entry, ways = ("allow_early", EARLY) if self.on_device else ("set_order", ORDERS)
         results = []
         try:
-            for order in ORDERS:
-                self.call("set_order", order)
+            for way in ways:
+                self.call(entry, way)
                 results.append(run())
         finally:
-            self.call("set_order", "ascending")
-        for order, result in zip(ORDERS, results, strict=True):
-            assert result.tobytes() == results[0].tobytes(), f"thread order {order} gives other bits than {ORDERS[0]}"
+            self.call(entry, ways[0])
+        for way, result in zip(ways, results, strict=True):
+            assert result.tobytes() == results[0].tobytes(), f"{entry} {way} gives other bits than {ways[0]} did first"
         return results[0]
 
 
-def compile_emulated(folder: Path) -> Path:
-    """One library of everything under csrc/cuda that is not for nvcc alone, and of the C++ files of this folder.
-    Objects stay in build/cuda-tests until a source, a header or the compiler's command is another one."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no C++ compiler: there is no {compiler[0]} (set CXX)")
-    cuda = ROOT / "csrc" / "cuda"
-    here = Path(__file__).parent
-    sources = [*cuda.glob("emulation/*.cpp"), *cuda.glob("*.cpp"), *here.glob("*.cpp")]
-    sources += [p for p in cuda.glob("*.cu") if p.name != "runtime_cuda.cu"]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fvisibility=hidden"]
-    # Vectorising the plain code of an entry point in linear_entries.cpp, g++ 12 for ARM makes one of two arguments 0.
-    flags += ["-fno-tree-vectorize", "-DPYLLAMA_CUDA_EMULATION", f"-I{ROOT / 'csrc'}"]
-    headers = sorted(p for place in (ROOT / "csrc", cuda, cuda / "emulation", here) for p in place.glob("*.*h"))
-    common = hashlib.sha256(" ".join([platform.machine(), *compiler, *flags]).encode())
-    for header in headers:
-        common.update(header.read_bytes())
-    kept = ROOT / "build" / "cuda-tests" / hashlib.sha256(" ".join(compiler).encode()).hexdigest()[:8]
-    kept.mkdir(parents=True, exist_ok=True)
-
-    def compile_one(source: Path) -> Path:
-        key = common.copy()
-        key.update(source.read_bytes())
-        target = kept / f"{source.parent.name}-{source.name}-{key.hexdigest()[:16]}.o"
-        if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}")
-            command = [*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(partial)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            partial.replace(target)
-        return target
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(compile_one, sources))
-    for old in set(kept.glob("*.o")) - set(objects):
-        old.unlink(missing_ok=True)
+def make_library(folder: Path) -> Path:
+    """The library to test, compiled into the folder unless it is there."""
     library = folder / "libpyllama_cuda_tests.so"
-    subprocess.run([*compiler, "-shared", "-o", str(library), *map(str, objects)], check=True)
+    if TESTS_ON not in ("emulation", "device"):
+        return Path(TESTS_ON).resolve()
+    if not library.exists():
+        if ON_DEVICE:
+            compile_for_device(library, device_architecture() or DEFAULT_ARCHITECTURE)
+        else:
+            compile_emulated(library)
     return library
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
+    """The device under test, emulated unless PYLLAMA_CUDA_TESTS says otherwise."""
     folder = _shared_temp(tmp_path_factory) / "cuda-emulation"
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "w") as lock:  # the processes of xdist share one library
         fcntl.flock(lock, fcntl.LOCK_EX)
-        library = folder / "libpyllama_cuda_tests.so"
-        if not library.exists():
-            compile_emulated(folder)
-    yield Emulated(library)
+        try:
+            path = make_library(folder)
+        except CannotCompileError as error:
+            if ON_DEVICE or "no C++ compiler" not in str(error):
+                pytest.fail(str(error))
+            pytest.skip(str(error))
+    library = Emulated(path)
+    if ON_DEVICE:
+        try:
+            library.call("allow_early", 1)
+        except EmulationError as error:
+            pytest.exit(f"PYLLAMA_CUDA_TESTS={TESTS_ON}: {error}", returncode=3)
+    yield library
+
+
+@pytest.fixture(scope="session")
+def cuda_library(emulated: Emulated) -> Path:
+    """What PYLLAMA_CUDA_LIBRARY is to be for tests of whole models: on a device the library that was built."""
+    return ROOT / "pyllama" / "libpyllama_cuda.so" if ON_DEVICE else emulated.path

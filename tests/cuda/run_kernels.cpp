@@ -1,8 +1,11 @@
-// Entry points that run the named kernels of this folder on words from Python, and the emulation's own controls.
+// Entry points that run the named kernels of this folder on words from Python, and those that say how kernels run: in
+// which order of threads (the emulation), with early starts or without.
 #include <cstring>
 #include <vector>
 
+#ifdef PYLLAMA_CUDA_EMULATION
 #include "cuda/emulation/order.h"
+#endif
 #include "entry.h"
 
 using namespace pyllama::cuda;
@@ -10,8 +13,14 @@ using namespace pyllama::cuda::tests;
 
 namespace {
 
+#ifdef PYLLAMA_CUDA_EMULATION
+const NamedKernel* const kTables[] = {kHelperKernels, kDefectKernels};
+#else
+const NamedKernel* const kTables[] = {kHelperKernels};
+#endif
+
 void (*find(const std::string& name))(Words) {
-  for (const NamedKernel* table : {kHelperKernels, kDefectKernels}) {
+  for (const NamedKernel* table : kTables) {
     for (; table->name; table++) {
       if (name == table->name) return table->kernel;
     }
@@ -23,8 +32,18 @@ void (*find(const std::string& name))(Words) {
 
 PYLLAMA_TEST_ENTRY const char* pyllama_test_error() { return last_error().c_str(); }
 
+#ifdef PYLLAMA_CUDA_EMULATION
 PYLLAMA_TEST_ENTRY int set_order(const char* order) {
   return guarded([&] { emulation::set_order(emulation::parse_order(order)); });
+}
+#endif
+
+// Fails where there is no device.
+PYLLAMA_TEST_ENTRY int allow_early(int64_t allowed) {
+  return guarded([&] {
+    device_count();
+    allow_early_starts(allowed != 0);
+  });
 }
 
 // out: what it holds before the launch, and after it. launch_shape: grid x, y, z, threads, bytes of shared memory,

@@ -157,6 +157,7 @@ PYLLAMA_TEST_ENTRY int host_defect(const char* which) {
     }
     if (is("too much memory")) Memory(size_t{9} << 30, "cache");
     if (is("another device")) use_device(1);
+    if (is("time without a clock")) seconds_between(Event(), Event(Event::kTimed));
     if (is("recording twice")) stream.begin_recording(), stream.begin_recording();
     if (is("not recording")) stream.end_recording();
     if (is("waiting while recording")) stream.begin_recording();

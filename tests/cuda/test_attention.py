@@ -241,7 +241,8 @@ def test_values_up_to_the_end_of_half_precision(emulated: Emulated) -> None:
     text = Text(Cache(False, 1, 64), 600, seed=19)
     text.v[:] = np.float16(65504)
     found = attend(emulated, [Span(text, 599, queries(1, 2, 64, seed=20))])
-    assert (np.abs(found - 65504) <= 65504 * 2.0**-20).all()  # a mean of equal numbers: only sums round
+    limit = 2.0**-18 if emulated.on_device else 2.0**-20  # a mean of equal numbers: only sums round, or are cut off
+    assert (np.abs(found - 65504) <= 65504 * limit).all()
 
 
 @pytest.mark.parametrize(("head_dim", "said"), [(7, "head_dim 7"), (130, "head_dim 130"), (256, "even ones up to 128")])

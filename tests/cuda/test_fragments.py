@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pyllama.common.formats import TensorSpec
-from tests.cuda.conftest import Emulated, EmulationError
+from tests.cuda.conftest import Emulated, EmulationError, emulation_only
 from tests.cuda.helpers_fragments import CASES, Layout, bytes_on_device, case_name, describe, random_weight, reference
 
 RNG = np.random.default_rng
@@ -25,6 +25,7 @@ def test_bytes_on_the_device(emulated: Emulated, case: dict[str, object], shape:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
+@emulation_only("a device's order is its own")
 @pytest.mark.parametrize("order", ["descending", "random:4"])
 def test_bytes_in_other_thread_orders(emulated: Emulated, order: str) -> None:
     weight = random_weight((24, 100), seed=3, format="bf16")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cuda.conftest import Emulated, EmulationError
+from tests.cuda.conftest import Emulated, EmulationError, emulation_only
 
 
 def test_a_graph_runs_again_with_what_it_recorded(emulated: Emulated) -> None:
@@ -37,6 +37,7 @@ def test_an_early_kernel_may_read_what_is_written(emulated: Emulated, how: str) 
     assert (found == 0x01010101).all()
 
 
+@emulation_only("a device does not notice it")
 def test_an_early_kernel_may_not_read_what_the_one_in_front_writes(emulated: Emulated) -> None:
     with pytest.raises(
         EmulationError, match=r"EarlyRead.*load_read_only of what the kernel in front wrote, before wait"
@@ -44,6 +45,7 @@ def test_an_early_kernel_may_not_read_what_the_one_in_front_writes(emulated: Emu
         emulated.call("read_early", "at once", np.zeros(32, np.int32))
 
 
+@emulation_only("a device is as late as it likes")
 def test_a_stream_does_nothing_before_it_must(emulated: Emulated) -> None:
     found = np.zeros(4, np.int32)
     emulated.call("copies_are_late", np.array([11, 22], np.int32), found)
@@ -53,6 +55,7 @@ def test_a_stream_does_nothing_before_it_must(emulated: Emulated) -> None:
     assert end == 0, "what came behind the event is done in its turn"
 
 
+@emulation_only("these are the emulation's words")
 @pytest.mark.parametrize(
     ("which", "message"),
     [
@@ -65,6 +68,7 @@ def test_a_stream_does_nothing_before_it_must(emulated: Emulated) -> None:
         ("another device", "device 1: the emulation has device 0 only"),
         ("recording twice", "the stream is recording already"),
         ("not recording", "the stream is not recording"),
+        ("time without a clock", "the time between two events: one was made without a clock"),
         ("waiting while recording", "a stream that is recording cannot be waited for"),
     ],
 )
@@ -73,6 +77,7 @@ def test_a_careless_host_is_told(emulated: Emulated, which: str, message: str) -
         emulated.call("host_defect", which)
 
 
+@emulation_only("a device's order is its own")
 @pytest.mark.parametrize("order", ["descending", "random:5", "sideways"])
 def test_the_order_of_a_whole_run(
     emulated: Emulated, order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
