@@ -1,11 +1,12 @@
-// What a device must do for the forward pass: ten coarse verbs for a step, four for pages; it may tell where the time
-// goes. model/ calls them in order and knows no device; cpu/ and cuda/ implement them and know no model loop. A backend
-// owns its activations and its key/value pages.
+// What a device must do for the forward pass: ten coarse verbs for a step, four for pages, two by which one device
+// hands a step over to another; it may tell where the time goes. model/ calls them in order and knows no device; cpu/
+// and cuda/ implement them and know no model loop. A backend owns its activations and its key/value pages.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 
 #include "config.h"
 
@@ -65,6 +66,11 @@ class Backend {
   virtual void head() = 0;                    // logits = output·norm(x[out_rows])
   virtual const float* logits() = 0;          // host memory [n_out, vocab_size], valid until the next begin()
   virtual void end() = 0;                     // also called after an exception; workers may sleep again
+
+  // For backends of some of a model's layers (split_backend.h): x [n_tok, dim] in host memory, given in embed()'s place
+  // to one that has no embeddings, taken in head()'s place from one that has no norm and output.
+  virtual void load_x(const float* /*x*/) { throw std::logic_error("this backend cannot take a step over"); }
+  virtual void store_x(float* /*x*/) { throw std::logic_error("this backend cannot hand a step over"); }
 
   // Times steps from now on, or no more; gives what was found since the last call. Never called while a step runs.
   virtual StepTimes profile(bool /*on*/) { return {}; }

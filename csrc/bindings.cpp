@@ -22,6 +22,7 @@
 #include "cpu/os.h"
 #include "error.h"
 #include "model/forward.h"
+#include "split_backend.h"
 
 namespace py = pybind11;
 
@@ -149,11 +150,36 @@ int integer_within(const char* name, const py::object& value, int low, int high,
   return static_cast<int>(found);
 }
 
+BackendFactory cpu_factory(const CpuOptions& options) {
+  return [options](const Config& c, const ModelWeights& w) { return make_cpu_backend(c, w, options); };
+}
+
+// What makes backends on a device by its name. "cpu" stands in for a device in tests of split models.
+BackendFactory device_factory(const std::string& device, const CpuOptions& options) {
+  check<std::invalid_argument>(device == "cpu", "device is \"", device, "\", expected \"cpu\" or none");
+  return cpu_factory(options);
+}
+
+// All layers on the CPU, or the last `gpu_layers` (-1: all) and the head on a device.
+BackendFactory choose_factory(const std::string& device, int gpu_layers, int n_layers, const CpuOptions& options) {
+  check<std::invalid_argument>(!device.empty() || gpu_layers < 0, "gpu_layers without a device to put them on");
+  check<std::invalid_argument>(gpu_layers <= n_layers, "gpu_layers is ", gpu_layers, ", the model has ", n_layers,
+                               " layers");
+  if (device.empty()) return cpu_factory(options);
+  const BackendFactory on_device = device_factory(device, options);
+  if (gpu_layers < 0 || gpu_layers == n_layers) return on_device;
+  if (gpu_layers == 0) return cpu_factory(options);
+  return [=](const Config& c, const ModelWeights& w) {
+    return make_split_backend(c, w, n_layers - gpu_layers, cpu_factory(options), on_device);
+  };
+}
+
 std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& weights, const py::object& n_threads,
-                                       const std::string& isa, const py::object& batch_tok,
-                                       const std::string& kv_dtype) {
+                                       const std::string& isa, const py::object& batch_tok, const std::string& kv_dtype,
+                                       const std::string& device, const py::object& n_gpu_layers) {
   const int threads = integer_within("threads", n_threads, 0, 1024, "0 (automatic) to 1024");
   const int max_batch_tok = integer_within("max_batch_tok", batch_tok, 1, 65536, "1…65536");
+  const int gpu_layers = integer_within("gpu_layers", n_gpu_layers, -1, 1 << 26, "-1 (all) or a number of layers");
   auto self = std::make_unique<PyModel>();
   self->threads = threads > 0 ? threads : default_threads();
   self->isa = choose_isa(isa);
@@ -169,9 +195,9 @@ std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& w
   options.isa = self->isa.c_str();
   options.kv_dtype = kv_dtype.c_str();
   options.max_batch_tok = max_batch_tok;
-  self->model =
-      std::make_unique<Model>(read_config(config), tensors, tied,
-                              [&](const Config& c, const ModelWeights& w) { return make_cpu_backend(c, w, options); });
+  Config numbers = read_config(config);
+  const BackendFactory make = choose_factory(device, gpu_layers, numbers.n_layers, options);
+  self->model = std::make_unique<Model>(std::move(numbers), tensors, tied, make);
   return self;
 }
 
@@ -337,7 +363,8 @@ void bind_model(py::module_& m) {
   model.attr("PAGE_TOK") = kPageTok;
   model
       .def(py::init(&make_py_model), py::arg("config"), py::arg("weights"), py::kw_only(), py::arg("threads") = 0,
-           py::arg("isa") = "", py::arg("max_batch_tok") = 512, py::arg("kv_dtype") = "f16")
+           py::arg("isa") = "", py::arg("max_batch_tok") = 512, py::arg("kv_dtype") = "f16", py::arg("device") = "",
+           py::arg("gpu_layers") = -1)
       .def_readonly("threads", &PyModel::threads)
       .def_readonly("isa", &PyModel::isa)
       .def_property_readonly("max_batch_tok", [](const PyModel& self) { return self.model->backend().max_batch_tok(); })

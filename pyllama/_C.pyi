@@ -55,8 +55,10 @@ class Model:
     """Weights and a backend: immutable, shared by all sequences. `step` may be called from one thread at a time (it locks)."""
     def __init__(
         self, config: dict[str, Any], weights: dict[str, Weight], *, threads: int = 0, isa: str = "", max_batch_tok: int = 512,
-        kv_dtype: str = "f16",
+        kv_dtype: str = "f16", device: str = "", gpu_layers: int = -1,
     ) -> None: ...
+    # device: "" for the CPU. gpu_layers: the last so many layers and the head go to the device, the embedding and the others
+    #         to the CPU; -1: all. "cpu" stands in for a device in tests.
     # config: dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size max_seq_len norm_eps
     #         rope_inv_freq (float32 [head_dim/2]) rope_attention_factor tied_embeddings
     threads: int

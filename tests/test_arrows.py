@@ -24,8 +24,9 @@ CPP_ARROWS = {
     "cpu": {"words", "backend", "cpu"},
     "cuda": {"words", "backend", "cuda"},
     "model": {"words", "backend", "model"},
+    "split_backend": {"words", "backend", "split_backend"},
     "cuda_library": {"words", "backend", "cuda_library", "cuda"},  # of cuda/ only the table: see below
-    "bindings": {"words", "backend", "model", "cpu", "cuda_library", "bindings"},
+    "bindings": {"words", "backend", "model", "cpu", "split_backend", "cuda_library", "bindings"},
 }
 WORDS = {"error", "formats", "tensor", "config"}
 

@@ -162,6 +162,9 @@ class CpuBackend final : public Backend {
 
   const float* logits() override { return logits_.data(); }
 
+  void load_x(const float* x) override { std::memcpy(x_, x, x_bytes()); }
+  void store_x(float* x) override { std::memcpy(x, x_, x_bytes()); }
+
   void end() override {
     if (!step_) return;
     watch_.turn_to(&StepTimes::rest);
@@ -174,6 +177,8 @@ class CpuBackend final : public Backend {
 
  private:
   uint8_t* page(int id) const { return pages_.by_id()[static_cast<size_t>(id)]; }
+
+  size_t x_bytes() const { return static_cast<size_t>(step_->n_tok) * static_cast<size_t>(c_.dim) * sizeof(float); }
 
   static const float* bias(const Weight& w) { return w.N ? w.vector() : nullptr; }
 

@@ -26,6 +26,7 @@ Head::Head(const Config& config, const ModelWeights& weights, const Kernels& ker
       digits_(quantized_ ? 2 : 1) {}
 
 void Head::claim(Arena& arena, int max_rows) {
+  if (w_.N == 0) return;  // another backend has the head
   const size_t rows = static_cast<size_t>(max_rows) * digits_, threads = static_cast<size_t>(pool_.threads());
   arena.claim(&normed_, static_cast<size_t>(max_rows) * config_.dim);
   arena.claim(&scratch_, threads * kRows * digits_ * kTaskTiles * kTileRows);
