@@ -20,6 +20,7 @@
 
 #include "cpu/cpu.h"
 #include "cpu/os.h"
+#include "cuda_backend.h"
 #include "error.h"
 #include "model/forward.h"
 #include "split_backend.h"
@@ -150,14 +151,23 @@ int integer_within(const char* name, const py::object& value, int low, int high,
   return static_cast<int>(found);
 }
 
+// The index in "cuda" or "cuda:1".
+int cuda_index(const std::string& device) {
+  const std::string rest = device.rfind("cuda:", 0) == 0 ? device.substr(5) : device == "cuda" ? "0" : "";
+  const bool number = !rest.empty() && rest.size() < 5 && rest.find_first_not_of("0123456789") == std::string::npos;
+  check<std::invalid_argument>(number, "device is \"", device, "\", expected \"\" (the CPU), \"cuda\" or \"cuda:1\"");
+  return std::stoi(rest);
+}
+
 BackendFactory cpu_factory(const CpuOptions& options) {
   return [options](const Config& c, const ModelWeights& w) { return make_cpu_backend(c, w, options); };
 }
 
 // What makes backends on a device by its name. "cpu" stands in for a device in tests of split models.
 BackendFactory device_factory(const std::string& device, const CpuOptions& options) {
-  check<std::invalid_argument>(device == "cpu", "device is \"", device, "\", expected \"cpu\" or none");
-  return cpu_factory(options);
+  if (device == "cpu") return cpu_factory(options);
+  const CudaOptions cuda{cuda_index(device), options.max_batch_tok, options.kv_dtype};
+  return [cuda](const Config& c, const ModelWeights& w) { return make_cuda_backend(c, w, cuda); };
 }
 
 // All layers on the CPU, or the last `gpu_layers` (-1: all) and the head on a device.
@@ -197,6 +207,7 @@ std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& w
   options.max_batch_tok = max_batch_tok;
   Config numbers = read_config(config);
   const BackendFactory make = choose_factory(device, gpu_layers, numbers.n_layers, options);
+  const py::gil_scoped_release no_gil;  // bringing weights to a device takes long
   self->model = std::make_unique<Model>(std::move(numbers), tensors, tied, make);
   return self;
 }
@@ -367,6 +378,7 @@ void bind_model(py::module_& m) {
            py::arg("gpu_layers") = -1)
       .def_readonly("threads", &PyModel::threads)
       .def_readonly("isa", &PyModel::isa)
+      .def_property_readonly("backend", [](const PyModel& self) { return self.model->backend().name(); })
       .def_property_readonly("max_batch_tok", [](const PyModel& self) { return self.model->backend().max_batch_tok(); })
       .def_property_readonly("page_bytes", [](const PyModel& self) { return self.model->backend().page_bytes(); })
       .def_property_readonly("pages_in_use", [](const PyModel& self) { return self.model->pool().pages_in_use(); })

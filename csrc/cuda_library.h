@@ -26,9 +26,12 @@ class CudaLibrary {
   PyllamaCudaDevice device(int index) const;
   double read_bandwidth(int index, int64_t bytes, int repeats) const;  // seconds of the fastest pass
 
+  // For models (cuda_backend.h): a function's result is to go through check_result, which throws as those above do.
+  const PyllamaCudaTable& table() const { return table_; }
+  void check_result(int kind) const;
+
  private:
   CudaLibrary(const std::string& path, const PyllamaCudaTable& table) : path_(path), table_(table) {}
-  void check_result(int kind) const;
 
   std::string path_;
   const PyllamaCudaTable& table_;

@@ -57,12 +57,14 @@ class Model:
         self, config: dict[str, Any], weights: dict[str, Weight], *, threads: int = 0, isa: str = "", max_batch_tok: int = 512,
         kv_dtype: str = "f16", device: str = "", gpu_layers: int = -1,
     ) -> None: ...
-    # device: "" for the CPU. gpu_layers: the last so many layers and the head go to the device, the embedding and the others
-    #         to the CPU; -1: all. "cpu" stands in for a device in tests.
+    # device: "" for the CPU, "cuda" or "cuda:1"; "cpu" stands in for a device in tests. DeviceError when it cannot be had or
+    #         is too small. gpu_layers: the last so many layers and the head go to it, the embedding and the others to the
+    #         CPU; -1: all.
     # config: dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size max_seq_len norm_eps
     #         rope_inv_freq (float32 [head_dim/2]) rope_attention_factor tied_embeddings
     threads: int
-    isa: str
+    isa: str                      # of the CPU, also where a device does the work
+    backend: str                  # what does the work: an instruction set, "cuda sm_90", "cuda emulated"
     max_batch_tok: int
     PAGE_TOK: int                 # tokens of one key/value page
     page_bytes: int               # memory of one page

@@ -19,16 +19,17 @@ SYSTEM_INCLUDE = re.compile(r"^\s*#\s*include\s*<([^>]+)>", re.MULTILINE)
 
 # Rooms of csrc and what each may include. Files of one room may include each other.
 CPP_ARROWS = {
-    "words": {"words"},  # error formats tensor config
+    "words": {"words"},  # WORDS
     "backend": {"words", "backend"},
     "cpu": {"words", "backend", "cpu"},
     "cuda": {"words", "backend", "cuda"},
     "model": {"words", "backend", "model"},
     "split_backend": {"words", "backend", "split_backend"},
     "cuda_library": {"words", "backend", "cuda_library", "cuda"},  # of cuda/ only the table: see below
-    "bindings": {"words", "backend", "model", "cpu", "split_backend", "cuda_library", "bindings"},
+    "cuda_backend": {"words", "backend", "cuda_library", "cuda_backend"},
+    "bindings": {"words", "backend", "model", "cpu", "split_backend", "cuda_library", "cuda_backend", "bindings"},
 }
-WORDS = {"error", "formats", "tensor", "config"}
+WORDS = {"error", "formats", "tensor", "config", "portable_trig"}
 
 # Rooms of the Python packages, longest prefix first, and what each may import of ours.
 PYTHON_ARROWS = {

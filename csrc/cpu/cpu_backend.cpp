@@ -7,6 +7,7 @@
 
 #include "../backend.h"
 #include "../error.h"
+#include "../portable_trig.h"
 #include "activations.h"
 #include "attention.h"
 #include "cpu.h"
@@ -17,7 +18,6 @@
 #include "scratch.h"
 #include "stopwatch.h"
 #include "thread_pool.h"
-#include "trig.h"
 
 namespace pyllama {
 namespace cpu {

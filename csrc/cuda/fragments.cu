@@ -305,10 +305,13 @@ Offset offset_of(const Weight& w) {
   return w.offset_type == Number::u8 ? Offset::zero_point : Offset::minimum;
 }
 
+bool alike(const Weight& a, const Weight& b) {
+  return a.K == b.K && a.format == b.format && a.group == b.group && offset_of(a) == offset_of(b) &&
+         a.codebook == b.codebook;
+}
+
 void check_alike(const Weight& a, const Weight& b) {
-  check(a.K == b.K && a.format == b.format && a.group == b.group && offset_of(a) == offset_of(b) &&
-            a.codebook == b.codebook,
-        a.name, " and ", b.name,
+  check(alike(a, b), a.name, " and ", b.name,
         " cannot be one product: they differ in columns, format, group, kind of offset or codebook");
   check(!a.input_order && !b.input_order, a.name, " and ", b.name, " cannot be one product: one has an input_order");
 }
@@ -317,6 +320,8 @@ void check_alike(const Weight& a, const Weight& b) {
 Dim3 grid_of(size_t n) { return {static_cast<unsigned>((n + kThreads - 1) / kThreads), 1, 1}; }
 
 }  // namespace
+
+bool one_product(const Weight& a, const Weight& b) { return alike(a, b) && !a.input_order && !b.input_order; }
 
 Fragments fragments_of(const Weight* const* weights, int n) {
   check<std::invalid_argument>(n >= 1 && n <= kMaxSources, n, " matrices for one product; expected 1 to ", kMaxSources);

@@ -64,6 +64,9 @@ struct FragmentSizes {
   size_t codes_bytes, scales_bytes, row_scales_bytes;
 };
 
+// Whether two matrices of equal columns can be put below each other.
+bool one_product(const Weight& a, const Weight& b);
+
 // The shape of `n` matrices with equal columns and format, put below each other. Throws FormatError, which names the
 // two tensors, when they differ in what one kernel cannot tell apart (format, group, kind of offset, codebook,
 // input_order).

@@ -4,7 +4,9 @@
 #include <vector>
 
 #ifdef PYLLAMA_CUDA_EMULATION
+#include "cuda/emulation/memory.h"
 #include "cuda/emulation/order.h"
+#include "cuda/emulation/thread.h"
 #endif
 #include "entry.h"
 
@@ -35,6 +37,19 @@ PYLLAMA_TEST_ENTRY const char* pyllama_test_error() { return last_error().c_str(
 #ifdef PYLLAMA_CUDA_EMULATION
 PYLLAMA_TEST_ENTRY int set_order(const char* order) {
   return guarded([&] { emulation::set_order(emulation::parse_order(order)); });
+}
+
+// One launch fails after so many good ones; -1: none.
+PYLLAMA_TEST_ENTRY int fail_after(int64_t launches) {
+  return guarded([&] { emulation::fail_after(static_cast<int>(launches)); });
+}
+
+// The device's memory is what is taken and so many bytes more; -1: 8 GiB.
+PYLLAMA_TEST_ENTRY int leave_memory(int64_t bytes) {
+  return guarded([&] {
+    emulation::set_memory_bytes(bytes < 0 ? size_t{8} << 30
+                                          : emulation::allocated_bytes() + static_cast<size_t>(bytes));
+  });
 }
 #endif
 

@@ -6,6 +6,7 @@
 #include <cxxabi.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -222,11 +223,18 @@ void check_launch(const Launch& launch) {
                   " 1 to 1024 threads and at most " + std::to_string(kSharedBytes) + " bytes");
 }
 
+std::atomic<int> launches_to_failure{-1};
+
 }  // namespace
+
+void fail_after(int launches) { launches_to_failure = launches; }
 
 void run(const Launch& launch) {
   static thread_local Block block;
   check_launch(launch);
+  if (launches_to_failure >= 0 && launches_to_failure-- == 0) {
+    throw Error(kPyllamaCudaInternal, "kernel of " + demangled(launch.name) + ": fails, as a test wants");
+  }
   const Order order = current_order();
   const Dim3& grid = launch.shape.grid;
   remember_memory();

@@ -2,6 +2,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -81,11 +82,16 @@ std::string outside(const void* p, size_t bytes) {
   return "an address that is not device memory";
 }
 
+std::atomic<size_t> device_bytes{size_t{8} << 30};
+
 }  // namespace
+
+size_t memory_bytes() { return device_bytes; }
+void set_memory_bytes(size_t bytes) { device_bytes = bytes; }
 
 void* allocate(size_t bytes, const char* name) {
   Memories& all = memories();
-  const bool fits = bytes <= kMemoryBytes && allocated_bytes() <= kMemoryBytes - bytes;
+  const bool fits = bytes <= memory_bytes() && allocated_bytes() <= memory_bytes() - bytes;
   void* whole = fits ? ::operator new(bytes + 2 * kGuardBytes, std::align_val_t{kGuardBytes}, std::nothrow) : nullptr;
   if (!whole) {
     throw Error(kPyllamaCudaOutOfMemory,

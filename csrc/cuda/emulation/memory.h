@@ -7,8 +7,10 @@
 
 namespace pyllama::cuda::emulation {
 
-// What the device has. Asking for more is an error as on a device, whatever the host has.
-constexpr size_t kMemoryBytes = size_t{8} << 30;
+// What the device has, 8 GiB unless a test says otherwise. Asking for more is an error as on a device, whatever the
+// host has.
+size_t memory_bytes();
+void set_memory_bytes(size_t bytes);
 
 void* allocate(size_t bytes, const char* name);
 void release(void* data) noexcept;

@@ -3,6 +3,7 @@
 // finds that copied.
 #include "../runtime.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -85,12 +86,12 @@ int device_count() { return 1; }
 
 DeviceProperties properties(int device) {
   use_device(device);
-  return {"emulated device", 8, 0, 4, 1 << 20, emulation::kSharedBytes, emulation::kMemoryBytes};
+  return {"emulated device", 8, 0, 4, 1 << 20, emulation::kSharedBytes, emulation::memory_bytes()};
 }
 
 size_t free_bytes(int device) {
   use_device(device);
-  return emulation::kMemoryBytes - emulation::allocated_bytes();
+  return emulation::memory_bytes() - std::min(emulation::memory_bytes(), emulation::allocated_bytes());
 }
 
 void use_device(int device) {

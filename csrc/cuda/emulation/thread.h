@@ -83,4 +83,7 @@ void check_access(const void* p, size_t bytes, const char* what);
 // Runs all blocks of a launch; throws Error for every defect found in it.
 void run(const Launch& launch);
 
+// For tests: of the launches from here on, one fails after so many good ones.
+void fail_after(int launches);
+
 }  // namespace pyllama::cuda::emulation

@@ -1,14 +1,21 @@
-// sin and cos of our own, so that rotary embeddings have the same bits under every C library. Plain double arithmetic
-// without contraction. |x| up to 2^20·π/2, error below 1e-15 absolute: far more than the float it is rounded to.
+// sin and cos of our own, so that rotary embeddings have the same bits under every C library and on every device. Plain
+// double arithmetic without contraction. |x| up to 2^20·π/2, error below 1e-15 absolute: far more than the float it is
+// rounded to.
 #pragma once
 
 #include <cmath>
+
+#ifdef __CUDACC__
+#define PYLLAMA_PORTABLE __host__ __device__ inline
+#else
+#define PYLLAMA_PORTABLE inline
+#endif
 
 namespace pyllama {
 
 // Reduction by multiples of π/2 in three parts of 33, 33 and 53 bits (Cody and Waite; the multiples of the first two
 // are exact for |n| < 2^20), then Taylor series on |r| <= π/4 to degree 17 and 16.
-inline void sincos_portable(double x, double* sin_out, double* cos_out) {
+PYLLAMA_PORTABLE void sincos_portable(double x, double* sin_out, double* cos_out) {
   const double n = std::nearbyint(x * 0x1.45f306dc9c883p-1);
   double r = x - n * 0x1.921fb544p+0;
   r = r - n * 0x1.0b4611a6p-34;
