@@ -5,6 +5,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Tests are spread over the cores; neighbours stay together, for they share fixtures. PARALLEL= runs them one after another.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 BENCH_ARGS ?=
 PY = $(abspath $(VENV))/bin/python
 BIN = $(abspath $(VENV))/bin
@@ -57,7 +59,7 @@ demo:  ## from nothing to an answer: set up, quantize the demo model, ask it, ch
 # ---------------------------------------------------------------------------------------------------- tests
 
 test: dev  ## the suite that needs no torch
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 # A torch that is already there in this version (a CPU build, say) is kept; the index's own wheel brings gigabytes of CUDA.
 $(VENV)/.pyllama-oracles: pyproject.toml $(VENV)/.pyllama-dev
@@ -65,7 +67,7 @@ $(VENV)/.pyllama-oracles: pyproject.toml $(VENV)/.pyllama-dev
 	@touch $@
 
 test-oracles: dev $(VENV)/.pyllama-oracles  ## live comparisons with torch, transformers and others
-	$(PY) -m pytest -o addopts="-ra --strict-markers --strict-config" tests/oracles $(PYTEST_ARGS)
+	$(PY) -m pytest -o addopts="-ra --strict-markers --strict-config" tests/oracles $(PARALLEL) $(PYTEST_ARGS)
 
 test-qemu: dev  ## kernels and forward pass on an emulated processor without AVX2
 	VENV=$(VENV) scripts/test_qemu.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS))
@@ -79,7 +81,7 @@ check-cuda: $(VENV)/.pyllama-dev  ## compile every CUDA kernel for every archite
 	@if command -v nvcc >/dev/null; then scripts/check_device.sh; fi
 
 asan: $(VENV)/.pyllama-dev  ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
-	VENV=$(VENV) scripts/asan.sh $(PYTEST_ARGS)
+	VENV=$(VENV) scripts/asan.sh $(PARALLEL) $(PYTEST_ARGS)
 
 # ---------------------------------------------------------------------------------------------------- style
 
