@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 # Tests are spread over the cores; neighbours stay together, for they share fixtures. PARALLEL= runs them one after another.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 BENCH_ARGS ?=
+GPU_ARGS ?=
 PY = $(abspath $(VENV))/bin/python
 BIN = $(abspath $(VENV))/bin
 PIP = $(PY) -m pip --disable-pip-version-check -qq
@@ -26,7 +27,7 @@ EMULATED_TESTS = tests/test_kernels.py tests/test_sampler.py tests/test_weights.
   $(ENGINE)::test_quantized_logits_of_every_shape $(ENGINE)::test_a_long_text $(ENGINE)::test_prefill_equals_step_by_step
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test test-oracles test-qemu test-arm check-cuda asan lint format bench bench-peers dist-check clean
+.PHONY: help venv dev demo test test-oracles test-qemu test-arm check-cuda gpu-check asan lint format bench bench-peers dist-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +80,10 @@ check-cuda: $(VENV)/.pyllama-dev  ## compile every CUDA kernel for every archite
 	@if command -v nvcc >/dev/null; then $(PIP) install "nvidia-cuda-nvdisasm>=13" || true; fi
 	$(PY) scripts/check_cuda.py
 	@if command -v nvcc >/dev/null; then scripts/check_device.sh; fi
+
+# Without the virtual environment: the machine with the GPU may have no network to make one. GPU_ARGS="--only build tests"
+gpu-check:  ## on a machine with a GPU: build, test and measure there, under 8 minutes (docs/GPU.md); uses $(PYTHON)
+	$(PYTHON) scripts/gpu_check.py $(GPU_ARGS)
 
 asan: $(VENV)/.pyllama-dev  ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	VENV=$(VENV) scripts/asan.sh $(PARALLEL) $(PYTEST_ARGS)

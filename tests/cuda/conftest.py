@@ -9,7 +9,6 @@ threads; on a device from run to run, with early starts and without.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from tests.cuda.compiling import (
     compile_for_device,
     device_architecture,
 )
+from tests.cuda.entries import Entries, EntryError
 
 ORDERS = ("ascending", "descending", "random:1", "random:2", "random:3")
 EARLY = (1, 1, 0)  # early starts of the runs on a device
@@ -34,39 +34,31 @@ TESTS_ON = os.environ.get("PYLLAMA_CUDA_TESTS") or "emulation"
 ON_DEVICE = TESTS_ON != "emulation"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With PYLLAMA_CUDA_SAMPLE=2, two cases of each test, the first and one of the middle: for slow tools."""
+    most = int(os.environ.get("PYLLAMA_CUDA_SAMPLE") or 0)
+    if not most:
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    items[:] = [
+        case[i * len(case) // min(most, len(case))] for case in cases.values() for i in range(min(most, len(case)))
+    ]
+
+
 def emulation_only(why: str) -> pytest.MarkDecorator:
     """For tests of what a device does not do: `why` says what."""
     return pytest.mark.skipif(ON_DEVICE, reason=f"only in the emulation: {why}")
 
 
-class EmulationError(Exception):
-    """What the emulation found, or the device."""
+EmulationError = EntryError  # what the emulation found, or the device
 
 
-class Emulated:
-    """The loaded library. Every failure of it is an EmulationError with its message."""
+class Emulated(Entries):
+    """The loaded library."""
 
     on_device = ON_DEVICE
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.library = ctypes.CDLL(str(path))
-        self.library.pyllama_test_error.restype = ctypes.c_char_p
-
-    def call(self, name: str, *arguments: object) -> None:
-        converted = []
-        for a in arguments:
-            if isinstance(a, np.ndarray):
-                assert a.flags.c_contiguous
-                converted.append(ctypes.c_void_p(a.ctypes.data))
-            elif isinstance(a, str):
-                converted.append(ctypes.c_char_p(a.encode()))
-            elif isinstance(a, float):
-                converted.append(ctypes.c_double(a))
-            else:
-                converted.append(ctypes.c_int64(a))
-        if getattr(self.library, name)(*converted):
-            raise EmulationError(self.library.pyllama_test_error().decode())
 
     def run(
         self,
