@@ -132,6 +132,8 @@ Config read_config(const py::dict& dict) {
 }
 
 struct PyModel {
+  explicit PyModel(const std::string& wanted_isa) : isa(choose_isa(wanted_isa)), sampler(cpu_vocab_kernels(isa)) {}
+
   std::vector<py::object> weights;  // whose buffers the model views; outlives `model`
   int threads = 0;
   std::string isa;
@@ -190,9 +192,8 @@ std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& w
   const int threads = integer_within("threads", n_threads, 0, 1024, "0 (automatic) to 1024");
   const int max_batch_tok = integer_within("max_batch_tok", batch_tok, 1, 65536, "1…65536");
   const int gpu_layers = integer_within("gpu_layers", n_gpu_layers, -1, 1 << 26, "-1 (all) or a number of layers");
-  auto self = std::make_unique<PyModel>();
+  auto self = std::make_unique<PyModel>(isa);
   self->threads = threads > 0 ? threads : default_threads();
-  self->isa = choose_isa(isa);
 
   std::map<std::string, Weight> tensors;
   for (const auto& [name, weight] : weights) {

@@ -106,6 +106,27 @@ Floats exp(const Floats& x, const std::string& isa) {
   return y;
 }
 
+py::tuple largest_logits(const Floats& x, const std::string& isa) {
+  need(x.ndim() == 1 && x.size() > 0, "logits must be [n], n > 0");
+  const int n = static_cast<int>(x.size());
+  Floats maxima(static_cast<py::ssize_t>(vocab_blocks(n)));
+  const LargestLogit found = kernels_for(isa).vocab.largest(x.data(), n, maxima.mutable_data());
+  return py::make_tuple(found.value, found.finite, maxima);
+}
+
+py::tuple weigh(const Floats& x, double scale, double lowest, const std::string& isa) {
+  need(x.ndim() == 1 && x.size() > 0, "logits must be [n], n > 0");
+  const int n = static_cast<int>(x.size());
+  const auto blocks = static_cast<py::ssize_t>(vocab_blocks(n));
+  std::vector<float> maxima(vocab_blocks(n));
+  py::array_t<uint64_t> weights(blocks * kVocabBlock), sums(blocks);
+  std::fill_n(weights.mutable_data(), weights.size(), 0);
+  const VocabKernels& kernels = kernels_for(isa).vocab;
+  const float max = kernels.largest(x.data(), n, maxima.data()).value;
+  kernels.weigh(x.data(), n, maxima.data(), lowest, max, scale, weights.mutable_data(), sums.mutable_data());
+  return py::make_tuple(weights, sums);
+}
+
 Floats dequantize_row(const PyWeight& pw, int row) {
   need(pw.weight.K > 0 && row >= 0 && row < pw.weight.N, "row out of range, or not a matrix");
   Floats y(pw.weight.K);
@@ -176,6 +197,12 @@ void bind_ops(py::module_& module) {
   ops.def("rope", &rope, py::arg("head"), py::arg("cos"), py::arg("sin"), isa, "head float32 [head_dim].");
   ops.def("swiglu", &swiglu, py::arg("gate"), py::arg("up"), isa, "silu(gate) * up, float32 [n].");
   ops.def("exp", &exp, py::arg("x"), isa, "float32 [n].");
+  ops.def("largest_logits", &largest_logits, py::arg("logits"), isa,
+          "The largest of float32 [n], whether all are finite, and the largest of each 64.");
+  ops.def(
+      "weigh", &weigh, py::arg("logits"), py::arg("scale"), py::arg("lowest"), isa,
+      "What tokens are drawn by, 2^(44 + (logits - max) * scale), rounded: uint64 [n, made a multiple of 64], and sums "
+      "of each 64; 0 where these are all below `lowest`.");
   ops.def("dequantize_row", &dequantize_row, py::arg("weight"), py::arg("row"), "One row as float32 [K].");
   ops.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("pos"), isa,
           py::arg("threads") = 1, py::arg("kv_dtype") = "f16",

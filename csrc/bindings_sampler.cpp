@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/cpu.h"
 #include "error.h"
 #include "model/portable_math.h"
 #include "model/sampler.h"
@@ -118,7 +119,7 @@ py::object make_result(const std::vector<Sampled>& sampled, const py::object& lo
 }
 
 py::object sample_once(const SamplerParams& params, const py::array_t<float, py::array::c_style>& logits,
-                       const std::vector<int32_t>& tokens, int prompt_len) {
+                       const std::vector<int32_t>& tokens, int prompt_len, const std::string& isa) {
   check<std::invalid_argument>(logits.ndim() == 1 && logits.size() > 0, "logits must be float32 [vocab_size]");
   SamplerInput in;
   in.logits = logits.data();
@@ -130,7 +131,7 @@ py::object sample_once(const SamplerParams& params, const py::array_t<float, py:
     check<std::invalid_argument>(token >= 0 && token < in.vocab_size, "token ", token, ", expected 0…",
                                  in.vocab_size - 1);
   }
-  Sampler sampler;
+  Sampler sampler(cpu_vocab_kernels(isa));
   return make_result({sampler.sample(params, in)}, py::none());
 }
 
@@ -152,7 +153,7 @@ void bind_sampler(py::module_& m) {
            py::arg("frequency_penalty") = defaults.frequency_penalty,
            py::arg("logit_bias") = std::map<int32_t, float>{}, py::arg("logprobs") = defaults.logprobs,
            py::arg("seed") = defaults.seed, py::arg("end_ids") = defaults.end_ids)
-      .def("sample", &sample_once, py::arg("logits"), py::arg("tokens"), py::arg("prompt_len") = 0,
+      .def("sample", &sample_once, py::arg("logits"), py::arg("tokens"), py::arg("prompt_len") = 0, py::arg("isa") = "",
            "What a step would sample from float32 logits [vocab_size] after these tokens; the seed's position is "
            "len(tokens).");
   m.attr("Sample") = sample_type().type();
@@ -161,10 +162,9 @@ void bind_sampler(py::module_& m) {
 
 // The sampler's own arithmetic, for the tests of its error bounds.
 void bind_sampler_math(py::module_ ops) {
-  ops.def("portable_exp", py::vectorize(&portable_exp), py::arg("x"), "e^x of float64, x <= 709, without libm.");
   ops.def("portable_log", py::vectorize(&portable_log), py::arg("x"), "ln x of positive normal float64, without libm.");
   ops.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), "Philox4x32-10.");
-  ops.def("uniform", &uniform, py::arg("seed"), py::arg("position"), "The sampler's number in [0, 1).");
+  ops.def("uniform_bits", &uniform_bits, py::arg("seed"), py::arg("position"), "The sampler's 53 random bits.");
 }
 
 }  // namespace pyllama

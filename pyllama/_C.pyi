@@ -27,7 +27,7 @@ class Sampler:
         repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
         logit_bias: dict[int, float] = ..., logprobs: int = -1, seed: int = 0, end_ids: Seq[int] = (),
     ) -> None: ...   # end_ids: tokens that end a call of several steps
-    def sample(self, logits: NDArray[np.float32], tokens: Seq[int], prompt_len: int = 0) -> StepResult:
+    def sample(self, logits: NDArray[np.float32], tokens: Seq[int], prompt_len: int = 0, isa: str = "") -> StepResult:
         """What a step would sample from these logits [vocab_size] after these tokens (for tests)."""
 
 class Sequence:
@@ -145,18 +145,20 @@ class ops:
     @staticmethod
     def exp(x: ArrayLike, isa: str = "") -> NDArray[np.float32]: ...   # [n]
     @staticmethod
+    def largest_logits(logits: ArrayLike, isa: str = "") -> tuple[float, bool, NDArray[np.float32]]:
+        """The largest of [n], whether all are finite, the largest of each 64."""
+    @staticmethod
+    def weigh(
+        logits: ArrayLike, scale: float, lowest: float, isa: str = "",
+    ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """2^(44 + (logits - max)·scale), rounded: [n, made a multiple of 64], and sums of each 64; 0 where all are below `lowest`."""
+    @staticmethod
     def dequantize_row(weight: Weight, row: int) -> NDArray[np.float32]: ...   # [K]
     @staticmethod
     def attention(
         q: ArrayLike, k: ArrayLike, v: ArrayLike, pos: int, isa: str = "", threads: int = 1, kv_dtype: str = "f16",
     ) -> NDArray[np.float32]:
         """Causal: q [n_tok, n_heads, head_dim] at positions pos…, k and v [pos + n_tok, n_kv_heads, head_dim]."""
-    @overload
-    @staticmethod
-    def portable_exp(x: float) -> float: ...   # float64, x <= 709, without libm
-    @overload
-    @staticmethod
-    def portable_exp(x: NDArray[Any]) -> NDArray[np.float64]: ...
     @overload
     @staticmethod
     def portable_log(x: float) -> float: ...   # positive normal float64, without libm
@@ -166,4 +168,4 @@ class ops:
     @staticmethod
     def philox4x32(counter: Seq[int], key: Seq[int]) -> list[int]: ...   # Philox4x32-10: four words and two -> four
     @staticmethod
-    def uniform(seed: int, position: int) -> float: ...   # the sampler's number in [0, 1)
+    def uniform_bits(seed: int, position: int) -> int: ...   # the sampler's 53 random bits

@@ -72,8 +72,8 @@ def reference(logits: NDArray[np.float32], tokens: Sequence[int], prompt_len: in
     return int(np.searchsorted(cumulative, uniform(p.get("seed", 0), len(tokens)) * cumulative[-1], side="right"))
 
 
-def sample(logits: Any, tokens: Sequence[int] = (), prompt_len: int = 0, **params: Any) -> Any:
-    return _C.Sampler(**params).sample(np.asarray(logits, dtype=np.float32), list(tokens), prompt_len)
+def sample(logits: Any, tokens: Sequence[int] = (), prompt_len: int = 0, isa: str = "", **params: Any) -> Any:
+    return _C.Sampler(**params).sample(np.asarray(logits, dtype=np.float32), list(tokens), prompt_len, isa)
 
 
 def random_logits(n: int, seed: int = 0, spread: float = 3.0) -> NDArray[np.float32]:
@@ -85,22 +85,6 @@ def random_logits(n: int, seed: int = 0, spread: float = 3.0) -> NDArray[np.floa
 
 def ulps(found: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
     return float(np.max(np.abs(found - expected) / np.spacing(np.abs(expected))))
-
-
-def test_exp_is_within_two_ulp() -> None:
-    rng = np.random.default_rng(0)
-    x = np.concatenate(
-        [rng.uniform(-708, 709, 200_000), rng.uniform(-2, 0, 200_000), -np.exp(rng.uniform(-80, 0, 1000))]
-    )
-    assert ulps(_C.ops.portable_exp(x), np.exp(x)) <= 2
-    assert _C.ops.portable_exp(0.0) == 1.0
-    assert _C.ops.portable_exp(-708.5) == 0.0
-    assert _C.ops.portable_exp(-math.inf) == 0.0
-
-
-def test_exp_never_decreases() -> None:
-    x = np.sort(np.random.default_rng(1).uniform(-30, 0, 500_000))
-    assert np.all(np.diff(_C.ops.portable_exp(x)) >= 0)
 
 
 def test_log_is_within_two_ulp() -> None:
@@ -131,7 +115,91 @@ def test_philox_known_answers(counter: list[int], key: list[int], expected: list
 
 @given(seed=st.integers(0, 2**64 - 1), position=st.integers(0, 2**31))
 def test_uniform(seed: int, position: int) -> None:
-    assert _C.ops.uniform(seed, position) == uniform(seed, position)
+    assert _C.ops.uniform_bits(seed, position) / 2**53 == uniform(seed, position)
+
+
+# ---- the two passes over a vocabulary
+
+ISAS = _C.isas()
+ONE = 2**44
+EDGES = [
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-45,
+    1e-38,
+    1.0,
+    float(np.nextafter(np.float32(1), np.float32(2))),
+    -30.5,
+    -31.5,
+    -3e38,
+    3e38,
+]
+
+
+def weighed(logits: NDArray[np.float32], scale: float) -> NDArray[np.float64]:
+    """2^(44 + (logits - max)·scale) in float64, before rounding to integers."""
+    x = logits.astype(np.float64)
+    with np.errstate(over="ignore"):
+        return np.exp2(np.maximum((x - x.max()) * scale, -200.0)) * ONE
+
+
+@st.composite
+def logit_arrays(draw: st.DrawFn) -> NDArray[np.float32]:
+    """Normal ones of any spread, many equal ones, numbers at the edges of float32, around the size of a block."""
+    n = draw(st.sampled_from([1, 2, 15, 63, 64, 65, 127, 128, 300]))
+    kind = draw(st.sampled_from(["normal", "coarse", "edges", "equal"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    if kind == "edges":
+        return rng.choice(np.array(EDGES, dtype=np.float32), n)
+    if kind == "equal":
+        return np.full(n, draw(st.sampled_from(EDGES)), dtype=np.float32)
+    x = rng.standard_normal(n) * draw(st.sampled_from([0.01, 1.0, 4.0, 20.0]))
+    return (np.rint(x) if kind == "coarse" else x).astype(np.float32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60)
+@given(logits=logit_arrays(), scale=st.sampled_from([1e-310, 0.01, 1.0, 1.4426950408889634, 2.5, 1e30, 1.7e308]))
+def test_weights(isa: str, logits: NDArray[np.float32], scale: float) -> None:
+    weights, sums = _C.ops.weigh(logits, scale, -math.inf, isa)
+    assert weights.size == 64 * sums.size and np.all(weights[logits.size :] == 0)
+    assert np.array_equal(weights.reshape(-1, 64).sum(axis=1), sums)
+    exact = weighed(logits, scale)
+    assert np.all(np.abs(weights[: logits.size].astype(np.float64) - exact) <= 0.5 + 2e-12 * exact)
+    assert np.all(weights[: logits.size][logits == logits.max()] == ONE)
+    assert np.array_equal(weights, _C.ops.weigh(logits, scale, -math.inf, "scalar")[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_blocks_below_a_bound_are_not_weighed(isa: str) -> None:
+    logits = random_logits(1000, 4)
+    weights, sums = _C.ops.weigh(logits, 1.0, -math.inf, isa)
+    maxima = np.maximum.reduceat(logits, np.arange(0, 1000, 64))
+    for bound in (maxima.min(), np.median(maxima), maxima.max()):
+        skipped, few = _C.ops.weigh(logits, 1.0, float(bound), isa)
+        assert np.array_equal(few, np.where(maxima < bound, 0, sums))
+        assert np.array_equal(skipped.reshape(-1, 64), np.where(maxima < bound, 0, weights.reshape(-1, 64).T).T)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60)
+@given(logits=logit_arrays(), data=st.data())
+def test_largest_logits(isa: str, logits: NDArray[np.float32], data: st.DataObject) -> None:
+    value, finite, maxima = _C.ops.largest_logits(logits, isa)
+    assert finite and value == logits.max()
+    assert np.array_equal(maxima, np.maximum.reduceat(logits, np.arange(0, logits.size, 64)))
+    logits[data.draw(st.integers(0, logits.size - 1))] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    assert not _C.ops.largest_logits(logits, isa)[1]
+
+
+def test_banned_tokens_have_no_weight_and_are_no_maximum() -> None:
+    logits = np.full(200, -math.inf, dtype=np.float32)
+    logits[150] = -3.0
+    for isa in ISAS:
+        assert _C.ops.largest_logits(logits, isa)[0] == -3.0
+        weights, sums = _C.ops.weigh(logits, 1.0, -math.inf, isa)
+        assert weights.sum() == ONE == weights[150] and list(sums) == [0, 0, ONE, 0]
 
 
 # ---- stages
@@ -183,6 +251,52 @@ def test_every_combination_draws_as_the_reference(
         logits = np.rint(logits)  # many equal logits
     prompt_len = int(len(tokens) * prompt_share)
     assert sample(logits, tokens, prompt_len, **params).token == reference(logits, tokens, prompt_len, params)
+
+
+FILTERS = st.fixed_dictionaries(
+    {"temperature": st.sampled_from([0.1, 0.7, 1.0, 3.0])},
+    optional={
+        "top_k": st.integers(1, 400),
+        "top_p": st.sampled_from([1e-6, 0.25, 0.5, 0.9, 0.99, 0.9999999]),
+        "min_p": st.sampled_from([1e-12, 1e-3, 0.05, 0.5, 1.0]),
+        "logit_bias": st.dictionaries(st.just(0), st.just(-math.inf)),
+        "seed": st.integers(0, 2**64 - 1),
+    },
+)
+
+
+@settings(max_examples=400)
+@given(logits=logit_arrays(), params=FILTERS)
+def test_filters_draw_as_the_reference_and_alike_everywhere(
+    logits: NDArray[np.float32], params: dict[str, Any]
+) -> None:
+    if logits.size == 1:
+        params.pop("logit_bias", None)
+    found = [sample(logits, isa=isa, logprobs=3, **params) for isa in ISAS]
+    assert found[0].token == reference(logits, [], 0, {"seed": 0} | params)
+    assert all(other.samples == found[0].samples for other in found)
+
+
+def likely_tokens(logits: NDArray[np.float32], top_p: float) -> int:
+    """How many tokens a nucleus has, at temperature 1."""
+    mass = np.sort(np.exp(logits.astype(np.float64) - float(logits.max())))[::-1]
+    return int(np.searchsorted(np.cumsum(mass), top_p * mass.sum())) + 1
+
+
+@pytest.mark.parametrize(("spread", "top_p"), [(0.0, 0.3), (0.1, 0.95), (3.0, 0.95), (3.0, 0.999)])
+def test_the_largest_vocabulary_alike_everywhere(spread: float, top_p: float) -> None:
+    """128,256 tokens: draws at both ends of the nucleus, so that its edge is seen."""
+    logits = random_logits(128_256, 9, spread)
+    order = np.lexsort((np.arange(logits.size), -logits))
+    mass = np.exp(logits.astype(np.float64) - float(logits.max()))
+    kept = np.zeros_like(mass)
+    nucleus = order[: likely_tokens(logits, top_p)]
+    kept[nucleus] = mass[nucleus]
+    cumulative = np.cumsum(kept)
+    for seed in range(6):
+        expected = int(np.searchsorted(cumulative, uniform(seed, 0) * cumulative[-1], side="right"))
+        for isa in ISAS:
+            assert sample(logits, top_p=top_p, seed=seed, isa=isa).token == expected
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 10.0])
@@ -317,6 +431,11 @@ def test_logits_that_are_not_finite(bad: float, where: int) -> None:
     logits[where] = bad
     with pytest.raises(ModelFormatError, match="not finite at position 2: the weights hold NaN or overflow"):
         sample(logits, [1, 2, 3])
+
+
+def test_a_vocabulary_beyond_the_sums() -> None:
+    with pytest.raises(ModelFormatError, match="a vocabulary of 1048576 tokens, expected at most 1048575"):
+        sample(np.zeros(2**20))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -7,12 +7,16 @@
 #include <string>
 #include <vector>
 
+#include "vocab.h"
+
 namespace pyllama {
 
 std::vector<std::string> cpu_isas();      // this machine runs them and this build has them, best first
 std::vector<std::string> cpu_all_isas();  // this build has them, best first
 // Resolves "" (PYLLAMA_ISA, else the best) or a name; throws std::invalid_argument listing what there is.
 std::string choose_isa(const std::string& wanted);
+
+const VocabKernels& cpu_vocab_kernels(const std::string& isa);  // as choose_isa() takes it; for a Sampler
 
 int default_threads();  // physical cores that affinity and the cgroup's quota allow, at least 1
 

@@ -160,6 +160,8 @@ std::string choose_isa(const std::string& wanted) {
                               "; choose one of: " + list);
 }
 
+const VocabKernels& cpu_vocab_kernels(const std::string& isa) { return cpu::kernels_for(isa).vocab; }
+
 int default_threads() { return physical_cores_allowed(); }
 
 }  // namespace pyllama

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "vocab.h"
 
 namespace pyllama {
 namespace cpu {
@@ -139,6 +140,7 @@ struct Kernels {
   // Runs `rounds` of independent dot products in registers; returns the operations done, and something to keep in
   // *sink.
   double (*dot_peak)(int rounds, int32_t* sink);
+  VocabKernels vocab;
   int tile_tok = 0;  // from so many tokens on matmul() wants QuantX::tiles; 0: never
 };
 

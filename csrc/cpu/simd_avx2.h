@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kDoubles = 4;  // float64s in a register of the compiler's
 
 using VF = __m256;
 using VI = __m256i;

@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kDoubles = 8;  // float64s in a register of the compiler's
 
 using VF = __m512;
 using VI = __m512i;

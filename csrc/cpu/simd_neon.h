@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int kLanes = 4;
+constexpr int kDoubles = 2;  // float64s in a register of the compiler's
 
 using VF = float32x4_t;
 using VI = int32x4_t;

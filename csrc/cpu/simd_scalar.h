@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kDoubles = 2;  // float64s in a register of the compiler's
 
 struct VF {
   float v[kLanes];

@@ -1,4 +1,4 @@
-// exp, log and uniform random numbers that give the same bits with every compiler flag and on every processor that has
+// log and uniform random numbers that give the same bits with every compiler flag and on every processor that has
 // IEEE doubles: only + - * / and integer operations, no libm, no fused operations (the build sets -ffp-contract=off).
 // For the sampler alone; kernels have their own float versions. tests/test_sampler.py holds the error bounds.
 #pragma once
@@ -11,7 +11,6 @@ namespace pyllama {
 
 constexpr double kLn2High = 0x1.62e42fefap-1;      // the upper 36 bits of ln 2: n * kLn2High is exact for |n| < 2^16
 constexpr double kLn2Low = 0x1.cf79abc9e3b3ap-40;  // ln 2 - kLn2High
-constexpr double kRoundMagic = 0x1.8p52;           // adding it rounds to an integer, held in the low mantissa bits
 
 inline uint64_t double_bits(double x) {
   uint64_t bits;
@@ -23,29 +22,6 @@ inline double bits_double(uint64_t bits) {
   double x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
-}
-
-// e^x for x <= 709, within 2 ulp. Below -708 the result is 0: subnormal results are flushed. NaN is not accepted.
-inline double portable_exp(double x) {
-  const double bounded = x < -708.0 ? -708.0 : x;
-  const double shifted = bounded * 0x1.71547652b82fep0 + kRoundMagic;  // x / ln 2, rounded
-  const double n = shifted - kRoundMagic;
-  const double r = (bounded - n * kLn2High) - n * kLn2Low;  // |r| <= 0.3466: the 14th power's term is below 2^-57
-  double p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r * r + r;
-  const uint64_t scale = (double_bits(shifted) + 1023) << 52;  // 2^n; higher bits of `shifted` fall off the left
-  return x < -708.0 ? 0.0 : (1.0 + p) * bits_double(scale);
 }
 
 // ln x for normal, positive, finite x, within 2 ulp (absolute 1e-16 near 1).
@@ -77,12 +53,12 @@ inline std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::
   return counter;
 }
 
-// A uniform number in [0, 1) with 53 bits that depends on nothing but its arguments.
-inline double uniform(uint64_t seed, uint64_t position) {
+// 53 random bits that depend on nothing but the arguments.
+inline uint64_t uniform_bits(uint64_t seed, uint64_t position) {
   const auto low = [](uint64_t v) { return static_cast<uint32_t>(v); };
   const auto high = [](uint64_t v) { return static_cast<uint32_t>(v >> 32); };
   const auto word = philox4x32({low(position), high(position), 0, 0}, {low(seed), high(seed)});
-  return static_cast<double>(((uint64_t{word[1]} << 32) | word[0]) >> 11) * 0x1p-53;
+  return ((uint64_t{word[1]} << 32) | word[0]) >> 11;
 }
 
 }  // namespace pyllama

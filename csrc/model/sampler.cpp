@@ -1,12 +1,13 @@
-// The stages, one function each. Sums are taken in double in a fixed order, comparisons are a strict total order
-// (logit, then lower id), exp and log are our own: no result depends on a library or an instruction set. What costs a
-// pass over the vocabulary is done at most once, and only a handful of tokens is ever sorted.
+// The stages, one function each. A pass over the vocabulary that needs arithmetic is a kernel's; the others skip the
+// blocks whose maximum rules them out. Nothing is ever sorted but the few tokens of a top-k: a nucleus, which may be
+// most of the vocabulary, ends where a search by digits of the key says.
 #include "model/sampler.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <numeric>
 
 #include "error.h"
 #include "model/portable_math.h"
@@ -38,52 +39,35 @@ float key_logit(uint64_t key) {
   return logit;
 }
 
-// Lanes of their own let the compiler use whole registers; a maximum is the same in any order.
-float max_of(const float* x, int n) {
-  constexpr int kLanes = 16;
-  float lanes[kLanes];
-  std::fill_n(lanes, kLanes, kBanned);
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+constexpr double kNoWeight = 32;  // e^-32 < 2^-45: a weight that rounds to 0
+
+__extension__ using Wide = unsigned __int128;
+
+// The 53 bits of a number in [0, 1) of a whole, rounded down.
+uint64_t share(uint64_t whole, uint64_t bits) { return static_cast<uint64_t>((Wide{whole} * bits) >> 53); }
+
+// The share p < 1 of a whole, rounded up, at least 1; in double, where 0.9 of 3000 equal tokens are 2700 of them.
+uint64_t share_up(uint64_t whole, double p) {
+  const auto part = static_cast<uint64_t>(std::ceil(static_cast<double>(whole) * p));
+  return std::clamp<uint64_t>(part, 1, whole);
+}
+
+// p rounded as weights are (vocab.h).
+uint64_t weight_of(double p) { return double_bits(p + 0x1.8p8) - double_bits(0x1.8p8); }
+
+// How far a logit lies below the largest, as one of 255 steps; 255 is all that is deeper.
+int depth_step(float max, float logit, float per_logit) {
+  const float depth = (max - logit) * per_logit;
+  return static_cast<int>(depth < 255.0f ? depth : 255.0f);
+}
+
+std::pair<uint64_t, uint64_t> range(const std::vector<uint64_t>& keys) {
+  uint64_t low = keys[0], high = keys[0];
+  for (const uint64_t key : keys) {
+    low = key < low ? key : low;
+    high = key > high ? key : high;
   }
-  float best = *std::max_element(lanes, lanes + kLanes);
-  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-}
-
-int argmax(const float* x, int n) { return static_cast<int>(std::find(x, x + n, max_of(x, n)) - x); }
-
-bool all_finite(const float* x, int n) {
-  uint32_t bad = 0;
-  for (int i = 0; i < n; ++i) bad |= (float_bits(x[i]) & 0x7f800000u) == 0x7f800000u;
-  return bad == 0;
-}
-
-// e^((logit - max) / temperature): at most 1, and exactly 1 for the most likely token.
-double relative_mass(float logit, float max_logit, double temperature) {
-  return portable_exp((static_cast<double>(logit) - max_logit) / temperature);
-}
-
-// The k most likely tokens, unordered. Ids ascend, so that of two equal logits the later one never displaces the
-// earlier.
-void select_top(const float* logits, int n, int k, std::vector<uint64_t>& keys) {
-  const size_t wanted = static_cast<size_t>(k);
-  const size_t room = 2 * wanted + 256;
-  float threshold = kBanned;
-  keys.clear();
-  const auto shrink = [&] {
-    if (keys.size() <= wanted) return;
-    std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<>());
-    keys.resize(wanted);
-    threshold = key_logit(keys[wanted - 1]);
-  };
-  for (int id = 0; id < n; ++id) {
-    if (!(logits[id] > threshold)) continue;
-    keys.push_back(make_key(logits[id], id));
-    if (keys.size() == room) shrink();
-  }
-  shrink();
+  return {low, high};
 }
 
 }  // namespace
@@ -109,18 +93,21 @@ void check_sampler(const SamplerParams& p) {
 }
 
 Sampled Sampler::sample(const SamplerParams& params, const SamplerInput& in) {
-  check(all_finite(in.logits, in.vocab_size), "logits are not finite at position ", in.n_tok() - 1,
-        ": the weights hold NaN or overflow");
-  Sampled out;
+  check(in.vocab_size <= kMaxVocab, "a vocabulary of ", in.vocab_size, " tokens, expected at most ", kMaxVocab);
+  const LargestLogit raw = find_largest(in.logits, in.vocab_size);
+  check(raw.finite, "logits are not finite at position ", in.n_tok() - 1, ": the weights hold NaN or overflow");
   const float* logits = adjust(params, in);
-  if (params.temperature == 0) {
-    out.token = argmax(logits, in.vocab_size);
-    check<std::invalid_argument>(logits[out.token] != kBanned, "logit_bias bans every token");
-  } else {
-    out.token = draw(params, logits, in.vocab_size, static_cast<uint64_t>(in.n_tok()));
-  }
+  const float max = logits == in.logits ? raw.value : find_largest(logits, in.vocab_size).value;
+  check<std::invalid_argument>(max != kBanned, "logit_bias bans every token");
+  Sampled out;
+  out.token = choose(params, {logits, in.vocab_size, max}, static_cast<uint64_t>(in.n_tok()));
   if (params.logprobs >= 0) report(in, params.logprobs, out);
   return out;
+}
+
+LargestLogit Sampler::find_largest(const float* logits, int n) {
+  maxima_.resize(vocab_blocks(n));
+  return kernels_.largest(logits, n, maxima_.data());
 }
 
 // Logit bias and penalties, in a copy; the logits themselves when there is nothing to do.
@@ -166,108 +153,176 @@ void Sampler::penalize(const SamplerParams& params, const SamplerInput& in) {
   }
 }
 
-int Sampler::draw(const SamplerParams& params, const float* logits, int vocab_size, uint64_t position) {
-  const float max_logit = max_of(logits, vocab_size);
-  check<std::invalid_argument>(max_logit != kBanned, "logit_bias bans every token");
-  const double u = uniform(params.seed, position);
-  if (params.top_k > 0 && params.top_k < vocab_size) {
-    keep_top_k(logits, vocab_size, params.top_k);
-    return draw_from_ranked(params, max_logit, u);
+// The most likely token, or one drawn from what the filters keep.
+int Sampler::choose(const SamplerParams& params, const Choice& all, uint64_t position) {
+  if (params.temperature == 0) {
+    const auto block = std::find(maxima_.begin(), maxima_.end(), all.max) - maxima_.begin();
+    return static_cast<int>(std::find(all.logits + block * kVocabBlock, all.logits + all.n, all.max) - all.logits);
   }
-  mass_.resize(static_cast<size_t>(vocab_size));
-  for (int id = 0; id < vocab_size; ++id) {
-    mass_[static_cast<size_t>(id)] = relative_mass(logits[id], max_logit, params.temperature);
+  const uint64_t random = uniform_bits(params.seed, position);
+  if (params.top_k == 0 || params.top_k >= all.n) return pick(share(weigh_kept(all, params), random));
+  select_top(all, params.top_k);
+  std::sort(keys_.begin(), keys_.end(), [](Key a, Key b) { return key_id(a) < key_id(b); });
+  ids_.clear();
+  candidates_.clear();
+  for (const Key key : keys_) {
+    ids_.push_back(key_id(key));
+    candidates_.push_back(key_logit(key));
   }
-  if (params.top_p < 1) {
-    const Key floor = nucleus_floor(params, logits, max_logit);
-    for (int id = 0; id < vocab_size; ++id) {
-      if (make_key(logits[id], id) < floor) mass_[static_cast<size_t>(id)] = 0;
+  const Choice few{candidates_.data(), static_cast<int>(candidates_.size()), all.max};
+  find_largest(few.logits, few.n);
+  return ids_[static_cast<size_t>(pick(share(weigh_kept(few, params), random)))];
+}
+
+// keys_ = the k most likely tokens, in no order. Ids ascend, so that of two equal logits the later one never displaces
+// the earlier.
+void Sampler::select_top(const Choice& c, int k) {
+  const size_t wanted = static_cast<size_t>(k);
+  const size_t room = 2 * wanted + 256;
+  float threshold = kBanned;
+  keys_.clear();
+  const auto shrink = [&] {
+    if (keys_.size() <= wanted) return;
+    std::nth_element(keys_.begin(), keys_.begin() + (k - 1), keys_.end(), std::greater<>());
+    keys_.resize(wanted);
+    threshold = key_logit(keys_[wanted - 1]);
+  };
+  for (size_t block = 0; block < maxima_.size(); ++block) {
+    if (!(maxima_[block] > threshold)) continue;
+    const int begin = static_cast<int>(block) * kVocabBlock, end = std::min(begin + kVocabBlock, c.n);
+    for (int id = begin; id < end; ++id) {
+      if (!(c.logits[id] > threshold)) continue;
+      keys_.push_back(make_key(c.logits[id], id));
+      if (keys_.size() == room) shrink();
     }
   }
-  if (params.min_p > 0) {
-    for (double& mass : mass_) mass = mass < params.min_p ? 0.0 : mass;
-  }
-  return static_cast<int>(draw_index(u));
+  shrink();
 }
 
-// keys_ = the k most likely tokens, most likely first.
-void Sampler::keep_top_k(const float* logits, int vocab_size, int k) {
-  select_top(logits, vocab_size, k, keys_);
-  std::sort(keys_.begin(), keys_.end(), std::greater<>());
+// weights_ and sums_ of what top-p and min-p keep; their sum.
+uint64_t Sampler::weigh_kept(const Choice& c, const SamplerParams& params) {
+  const uint64_t least = weight_of(params.min_p);
+  Key floor = make_key(kBanned, c.n);  // below all
+  if (params.top_p < 1) {
+    floor = nucleus_floor(c, params.temperature, share_up(weigh(c, params.temperature, kNoWeight), params.top_p));
+  } else {
+    const double depth = least > 0 ? std::min(1e-6 - portable_log(params.min_p), kNoWeight) : kNoWeight;
+    const uint64_t total = weigh(c, params.temperature, depth);
+    if (least == 0) return total;
+  }
+  return keep(c, floor, least);
 }
 
-// Top-p and min-p over the few tokens that top-k left in keys_, then the draw.
-int Sampler::draw_from_ranked(const SamplerParams& params, float max_logit, double u) {
-  const auto mass_of = [&](Key key) { return relative_mass(key_logit(key), max_logit, params.temperature); };
-  double total = 0;
-  for (const Key key : keys_) total += mass_of(key);
-  const double enough = params.top_p < 1 ? params.top_p * total : std::numeric_limits<double>::infinity();
-  double sum = 0;
-  size_t n_kept = 0;
-  while (n_kept < keys_.size() && sum < enough) {
-    const double mass = mass_of(keys_[n_kept]);
-    if (mass < params.min_p) break;
-    sum += mass;
-    ++n_kept;
-  }
-  keys_.resize(n_kept);
-  std::sort(keys_.begin(), keys_.end(), [](Key a, Key b) { return key_id(a) < key_id(b); });
-  mass_.clear();
-  for (const Key key : keys_) mass_.push_back(mass_of(key));
-  return key_id(keys_[draw_index(u)]);
+// weights_ and sums_ of the blocks that have logits within depth · temperature of the largest; their sum. Needs
+// maxima_.
+uint64_t Sampler::weigh(const Choice& c, double temperature, double depth) {
+  sums_.resize(maxima_.size());
+  if (weights_.size() < sums_.size() * kVocabBlock) weights_.resize(sums_.size() * kVocabBlock);
+  const double scale = std::min(0x1.71547652b82fep0 / temperature, std::numeric_limits<double>::max());  // log2(e) / T
+  kernels_.weigh(c.logits, c.n, maxima_.data(), c.max - depth * temperature, c.max, scale, weights_.data(),
+                 sums_.data());
+  return std::accumulate(sums_.begin(), sums_.end(), uint64_t{0});
 }
 
-// The least likely token that top-p keeps. The nucleus may be most of the vocabulary, so nothing is sorted but the one
-// bucket, of many that split the range of the logits, in which the sum reaches top_p.
-Sampler::Key Sampler::nucleus_floor(const SamplerParams& params, const float* logits, float max_logit) {
-  constexpr int kBuckets = 1024;
-  constexpr double kPerNat = 32;
-  const auto bucket_of = [&](size_t id) {
-    const double depth = (static_cast<double>(max_logit) - logits[id]) / params.temperature * kPerNat;
-    return depth < kBuckets - 1 ? static_cast<int>(depth) : kBuckets - 1;
-  };
-  double buckets[kBuckets] = {};
-  double total = 0;
-  for (size_t id = 0; id < mass_.size(); ++id) {
-    buckets[bucket_of(id)] += mass_[id];
-    total += mass_[id];
+// The least likely token that top-p keeps: the last of the fewest most likely ones whose weights reach `enough`.
+Sampler::Key Sampler::nucleus_floor(const Choice& c, double temperature, uint64_t enough) {
+  // First by how far below the largest logit: one of 255 steps of the nearest nats, or of more if it is not there.
+  uint64_t sums[256];
+  float per_logit;
+  for (double nats = 7;; nats *= 4) {
+    per_logit = static_cast<float>(std::min(255 / (nats * temperature), 1e38));
+    add_by_depth(c, per_logit, sums);
+    if (std::accumulate(sums, sums + 255, uint64_t{0}) >= enough) break;
   }
-  const double enough = params.top_p * total;
-  double sum = 0;
-  int last = 0;
-  while (last < kBuckets && sum + buckets[last] < enough) sum += buckets[last++];
+  int step = 0;
+  while (sums[step] < enough) enough -= sums[step++];
+  gather(c, per_logit, step);
+  // Then by digits of the key. What stood before keys_ is in the nucleus, what stood behind is not.
+  for (;;) {
+    const auto [low, high] = range(keys_);
+    if (low == high) return low;
+    int shift = 0;
+    while ((high - low) >> shift > 255) ++shift;
+    const auto digit_of = [low = low, shift](Key key) { return static_cast<size_t>((key - low) >> shift); };
+    std::fill_n(sums, 256, 0);
+    for (const Key key : keys_) sums[digit_of(key)] += weights_[static_cast<size_t>(key_id(key))];
+    size_t digit = 255;
+    while (sums[digit] < enough) enough -= sums[digit--];
+    keys_.erase(std::remove_if(keys_.begin(), keys_.end(), [&](Key key) { return digit_of(key) != digit; }),
+                keys_.end());
+  }
+}
 
+// sums[depth_step()] = of the weights there; blocks that are deeper than all steps are passed over.
+void Sampler::add_by_depth(const Choice& c, float per_logit, uint64_t (&sums)[256]) const {
+  uint64_t odd[256] = {};  // of every other token: neighbours may be of one step, and would wait for each other
+  std::fill_n(sums, 256, 0);
+  for (size_t block = 0; block < maxima_.size(); ++block) {
+    if (sums_[block] == 0 || depth_step(c.max, maxima_[block], per_logit) == 255) continue;
+    const size_t begin = block * kVocabBlock, end = std::min(begin + kVocabBlock, static_cast<size_t>(c.n));
+    int steps[kVocabBlock];
+    for (size_t id = begin; id < end; ++id) steps[id - begin] = depth_step(c.max, c.logits[id], per_logit);
+    for (size_t id = begin; id < end; ++id) (id % 2 == 0 ? sums : odd)[steps[id - begin]] += weights_[id];
+  }
+  for (int i = 0; i < 256; ++i) sums[i] += odd[i];
+}
+
+// keys_ = the tokens of this step.
+void Sampler::gather(const Choice& c, float per_logit, int step) {
   keys_.clear();
-  for (size_t id = 0; id < mass_.size(); ++id) {
-    if (bucket_of(id) == last) keys_.push_back(make_key(logits[id], static_cast<int>(id)));
+  for (size_t block = 0; block < maxima_.size(); ++block) {
+    if (sums_[block] == 0 || depth_step(c.max, maxima_[block], per_logit) > step) continue;
+    const int begin = static_cast<int>(block) * kVocabBlock, end = std::min(begin + kVocabBlock, c.n);
+    for (int id = begin; id < end; ++id) {
+      if (depth_step(c.max, c.logits[id], per_logit) == step) keys_.push_back(make_key(c.logits[id], id));
+    }
   }
-  std::sort(keys_.begin(), keys_.end(), std::greater<>());
-  for (const Key key : keys_) {
-    sum += mass_[static_cast<size_t>(key_id(key))];
-    if (sum >= enough) return key;
-  }
-  return 0;  // rounding kept the sum below a top_p next to 1: everything stays
 }
 
-// The candidate at which the running sum of mass_ passes u times the whole.
-size_t Sampler::draw_index(double u) {
-  double sum = 0;
-  for (double& mass : mass_) mass = sum += mass;
-  auto chosen = std::upper_bound(mass_.begin(), mass_.end(), u * sum);
-  // u * sum may round up to sum: then the last candidate that has any mass.
-  if (chosen == mass_.end()) chosen = std::lower_bound(mass_.begin(), mass_.end(), sum);
-  return static_cast<size_t>(chosen - mass_.begin());
+// Takes the weight from tokens below `floor` and from those that have less than `least`; the sum of what remains.
+uint64_t Sampler::keep(const Choice& c, Key floor, uint64_t least) {
+  const float at_least = key_logit(floor);
+  const int last = key_id(floor);  // of those that are equal to it
+  uint64_t total = 0;
+  for (size_t block = 0; block < maxima_.size(); ++block) {
+    uint64_t sum = 0;
+    if (sums_[block] > 0 && maxima_[block] >= at_least) {
+      const int begin = static_cast<int>(block) * kVocabBlock, end = std::min(begin + kVocabBlock, c.n);
+      uint64_t* weights = weights_.data() + begin;
+      const float* logits = c.logits + begin;
+      for (int i = 0; i < end - begin; ++i) weights[i] = logits[i] >= at_least ? weights[i] : 0;
+      for (int i = std::max(last + 1 - begin, 0); i < end - begin; ++i)
+        weights[i] = logits[i] > at_least ? weights[i] : 0;
+      if (least > 0) {
+        for (int i = 0; i < end - begin; ++i) weights[i] = weights[i] >= least ? weights[i] : 0;
+      }
+      sum = std::accumulate(weights, weights + (end - begin), uint64_t{0});
+    }
+    sums_[block] = sum;
+    total += sum;
+  }
+  return total;
+}
+
+// The token at which the running sum of the weights passes `target`, which is below the whole.
+int Sampler::pick(uint64_t target) const {
+  size_t block = 0;
+  while (target >= sums_[block]) target -= sums_[block++];
+  size_t id = block * kVocabBlock;
+  while (target >= weights_[id]) target -= weights_[id++];
+  return static_cast<int>(id);
 }
 
 void Sampler::report(const SamplerInput& in, int n_top, Sampled& out) {
-  const double max_logit = max_of(in.logits, in.vocab_size);
-  double total = 0;
-  for (int id = 0; id < in.vocab_size; ++id) total += portable_exp(in.logits[id] - max_logit);
-  const double log_total = portable_log(total);
-  const auto logprob = [&](float logit) { return static_cast<float>((logit - max_logit) - log_total); };
+  const Choice raw{in.logits, in.vocab_size, find_largest(in.logits, in.vocab_size).value};
+  const double log_total = portable_log(static_cast<double>(weigh(raw, 1.0, kNoWeight)) / kWeightOne);
+  const auto logprob = [&](float logit) {
+    return static_cast<float>((static_cast<double>(logit) - raw.max) - log_total);
+  };
   out.logprob = logprob(in.logits[out.token]);
   if (n_top == 0) return;
-  keep_top_k(in.logits, in.vocab_size, std::min(n_top, in.vocab_size));
+  select_top(raw, std::min(n_top, in.vocab_size));
+  std::sort(keys_.begin(), keys_.end(), std::greater<>());
   for (const Key key : keys_) out.top_logprobs.emplace_back(key_id(key), logprob(key_logit(key)));
 }
 

@@ -1,7 +1,8 @@
 // Chooses the next token from logits. Stages, in this order: logit bias, penalties, temperature, top-k, top-p, min-p,
 // and one uniform draw over the survivors in ascending order of their ids, so that a stage that removes nothing changes
-// nothing. The same numbers give the same token on every CPU: own exp and log, counter-based random numbers, fixed
-// order. Knows no model, no text and no batch.
+// nothing. The same numbers give the same token on every CPU: weights are integers (vocab.h), random numbers depend on
+// a counter, comparisons are a strict total order. Knows no model, no text and no batch, and no instruction set:
+// whoever makes a Sampler gives it the kernels.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +10,8 @@
 #include <limits>
 #include <utility>
 #include <vector>
+
+#include "vocab.h"
 
 namespace pyllama {
 
@@ -52,6 +55,8 @@ struct Sampled {
 // Buffers that are reused from token to token.
 class Sampler {
  public:
+  explicit Sampler(const VocabKernels& kernels) : kernels_(kernels) {}
+
   // The random number depends on the seed and n_tok, the position that the token will have.
   // Throws FormatError for logits that are not finite, std::invalid_argument for a bias beyond the vocabulary or one
   // that bans every token.
@@ -61,20 +66,36 @@ class Sampler {
   // A token as one integer: order of its logit above, inverted id below. Larger is more likely; no two are equal.
   using Key = uint64_t;
 
+  // Logits to choose from, the whole vocabulary's or the candidates' that top-k left.
+  struct Choice {
+    const float* logits;
+    int n;
+    float max;
+  };
+
+  LargestLogit find_largest(const float* logits, int n);
   const float* adjust(const SamplerParams& params, const SamplerInput& in);
   void penalize(const SamplerParams& params, const SamplerInput& in);
-  int draw(const SamplerParams& params, const float* logits, int vocab_size, uint64_t position);
-  void keep_top_k(const float* logits, int vocab_size, int k);
-  int draw_from_ranked(const SamplerParams& params, float max_logit, double u);
-  Key nucleus_floor(const SamplerParams& params, const float* logits, float max_logit);
-  size_t draw_index(double u);
+  int choose(const SamplerParams& params, const Choice& all, uint64_t position);
+  void select_top(const Choice& c, int k);
+  uint64_t weigh_kept(const Choice& c, const SamplerParams& params);
+  uint64_t weigh(const Choice& c, double temperature, double depth);
+  Key nucleus_floor(const Choice& c, double temperature, uint64_t enough);
+  void add_by_depth(const Choice& c, float per_logit, uint64_t (&sums)[256]) const;
+  void gather(const Choice& c, float per_logit, int step);
+  uint64_t keep(const Choice& c, Key floor, uint64_t least);
+  int pick(uint64_t target) const;
   void report(const SamplerInput& in, int n_top, Sampled& out);
 
-  std::vector<float> adjusted_;  // [vocab_size] logits after bias and penalties
-  std::vector<int32_t> counts_;  // [vocab_size] zero between calls
-  std::vector<int32_t> ids_;
-  std::vector<Key> keys_;     // candidates
-  std::vector<double> mass_;  // probabilities times a common factor, in the order of the candidates
+  const VocabKernels& kernels_;
+  std::vector<float> adjusted_;    // [vocab_size] logits after bias and penalties
+  std::vector<int32_t> counts_;    // [vocab_size] zero between calls
+  std::vector<int32_t> ids_;       // of tokens that are penalized, or of candidates
+  std::vector<float> candidates_;  // the logits that top-k left
+  std::vector<float> maxima_;      // [block] of the logits that were looked at last
+  std::vector<uint64_t> weights_;  // [blocks · kVocabBlock], where a block's sum is not 0
+  std::vector<uint64_t> sums_;     // [block]
+  std::vector<Key> keys_;
 };
 
 }  // namespace pyllama
