@@ -107,6 +107,8 @@ T config_value(const py::dict& config, const char* key, const char* expected) {
   }
 }
 
+}  // namespace
+
 bool config_flag(const py::dict& config, const char* key) {
   const auto value = config_value<py::object>(config, key, "true or false");
   check(py::isinstance<py::bool_>(value), "config: ", key, " is ", std::string(py::repr(value)),
@@ -130,6 +132,14 @@ Config read_config(const py::dict& dict) {
   c.rope_attention_factor = config_value<float>(dict, "rope_attention_factor", "a number");
   return c;
 }
+
+std::map<std::string, Weight> read_weights(const py::dict& weights) {
+  std::map<std::string, Weight> tensors;
+  for (const auto& [name, weight] : weights) tensors[py::str(name)] = expect<PyWeight>(weight, "a Weight").weight;
+  return tensors;
+}
+
+namespace {
 
 struct PyModel {
   explicit PyModel(const std::string& wanted_isa) : isa(choose_isa(wanted_isa)), sampler(cpu_vocab_kernels(isa)) {}
@@ -195,11 +205,8 @@ std::unique_ptr<PyModel> make_py_model(const py::dict& config, const py::dict& w
   auto self = std::make_unique<PyModel>(isa);
   self->threads = threads > 0 ? threads : default_threads();
 
-  std::map<std::string, Weight> tensors;
-  for (const auto& [name, weight] : weights) {
-    tensors[py::str(name)] = expect<PyWeight>(weight, "a Weight").weight;
-    self->weights.push_back(py::reinterpret_borrow<py::object>(weight));
-  }
+  const std::map<std::string, Weight> tensors = read_weights(weights);
+  for (const auto& [name, weight] : weights) self->weights.push_back(py::reinterpret_borrow<py::object>(weight));
   const bool tied = config_flag(config, "tied_embeddings");
   CpuOptions options;
   options.threads = self->threads;

@@ -4,8 +4,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <map>
+#include <string>
 #include <vector>
 
+#include "config.h"
 #include "model/sampler.h"
 #include "tensor.h"
 
@@ -24,6 +27,12 @@ inline pybind11::object owned(PyObject* made) {
   if (made == nullptr) throw pybind11::error_already_set();
   return pybind11::reinterpret_steal<pybind11::object>(made);
 }
+
+// What _C.Model takes (bindings.cpp): FormatError for a value that is missing or no number, TypeError for what is no
+// Weight. The weights' buffers are kept alive by their objects.
+Config read_config(const pybind11::dict& config);
+bool config_flag(const pybind11::dict& config, const char* key);
+std::map<std::string, Weight> read_weights(const pybind11::dict& weights);
 
 // The StepResults of a call: what was sampled for each item, and its logits or None.
 pybind11::object make_results(const std::vector<std::vector<Sampled>>& sampled,

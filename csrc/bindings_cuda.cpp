@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "bindings.h"
+#include "cuda_backend.h"
 #include "cuda_library.h"
+#include "model/model.h"
 
 namespace py = pybind11;
 
@@ -62,6 +64,22 @@ double read_bandwidth(const std::string& path, int device, int64_t n_bytes, int 
   return static_cast<double>(n_bytes) / seconds / 1e9;
 }
 
+py::dict model_sizes(const py::dict& config, const py::dict& weights, int max_batch_tok, const std::string& kv_dtype) {
+  const Config numbers = read_config(config);
+  const ModelWeights model = assemble_weights(numbers, read_weights(weights), config_flag(config, "tied_embeddings"));
+  const PyllamaCudaSizes found = cuda_sizes(numbers, model, {0, max_batch_tok, kv_dtype.c_str()});
+  py::dict record;
+  record["embedding"] = found.embedding;
+  record["layers"] = found.layers;
+  record["largest_layer"] = found.largest_layer;
+  record["head"] = found.head;
+  record["weights"] = found.weights;
+  record["buffers"] = found.buffers;
+  record["staging"] = found.staging;
+  record["page"] = found.page;
+  return record;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_ m) {
@@ -73,6 +91,9 @@ void bind_cuda(py::module_ m) {
   m.def("read_bandwidth", &read_bandwidth, py::arg("path"), py::arg("device"), py::arg("n_bytes"),
         py::arg("repeats") = 5,
         "Streaming read of n_bytes of a device's memory, GB/s of the fastest of `repeats` passes.");
+  m.def("model_sizes", &model_sizes, py::arg("config"), py::arg("weights"), py::kw_only(),
+        py::arg("max_batch_tok") = 512, py::arg("kv_dtype") = "f16",
+        "What a model takes of a device's memory, in bytes by what for, by the library that would run it.");
 }
 
 }  // namespace pyllama

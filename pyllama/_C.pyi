@@ -121,6 +121,14 @@ class cuda:
     def devices(path: str) -> list[dict[str, Any]]: ...    # name compute_capability multiprocessors l2_bytes shared_bytes memory_bytes free_bytes
     @staticmethod
     def read_bandwidth(path: str, device: int, n_bytes: int, repeats: int = 5) -> float: ...   # GB/s, the fastest pass
+    @staticmethod
+    def model_sizes(
+        config: dict[str, Any], weights: dict[str, Weight], *, max_batch_tok: int = 512, kv_dtype: str = "f16",
+    ) -> dict[str, int]:
+        """Bytes of a device's memory: embedding layers largest_layer head weights (all; a tied matrix once) buffers staging page.
+
+        Of the library at library_path(); needs no driver. `staging` is wanted while the model is opened only.
+        """
 
 class ops:
     """A submodule (csrc/bindings_ops.cpp): single CPU kernels, for tests and benchmarks; and the sampler's arithmetic.

@@ -51,7 +51,7 @@ class DeviceWeights {
   const DeviceMatrix& embedding() const { return embedding_; }
   const DeviceMatrix& output() const { return tied_ ? embedding_ : output_; }
   const float* norm() const { return norm_; }
-  const DeviceLayer& layer(int i) const { return layers_[static_cast<size_t>(i)]; }
+  const DeviceLayer& layer(int i) const { return layers_.at(static_cast<size_t>(i)); }
 
  private:
   Memory vectors_;  // all norms and biases

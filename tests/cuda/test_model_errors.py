@@ -4,6 +4,8 @@ the model. Emulated: the emulation can be told to fail.
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllama import DeviceError
+from pyllama import _C, DeviceError
 from tests.helpers_models import Kind, Shape, all_logits, random_tokens, small_model
 
 from .conftest import Emulated, emulation_only
@@ -127,3 +129,31 @@ def test_steps_from_several_threads(device: Emulated) -> None:
     for thread in threads:
         thread.join()
     assert found == {0: True, 1: True, 2: True} and model.pages_in_use == 0
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_ctrl_c_changes_nothing(device: Emulated) -> None:
+    """In a call of many replayed steps; what the device had begun is done when the next step begins."""
+    small = small_model(SMALL, Kind("q4", 32))
+    model = small.model(device="cuda", max_batch_tok=32)
+    tokens = random_tokens(small, 14)
+    expected = all_logits(model, tokens, [11, 1, 1, 1])
+    sequence = model.sequence()
+    model.step([(sequence, tokens[:11], None, "none")])
+    about_to_step = threading.Event()
+
+    def interrupt() -> None:
+        about_to_step.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        about_to_step.set()
+        while True:
+            model.step([(sequence, tokens[11:12], _C.Sampler(seed=1), "none")], n_more=300)
+            sequence.truncate(11)
+    thread.join()
+    assert sequence.tokens == tokens[:11].tolist() and model.pages_in_use == 1
+    for i in range(11, 14):
+        assert np.array_equal(model.step([(sequence, tokens[i : i + 1], None, "all")])[0].logits[0], expected[i])

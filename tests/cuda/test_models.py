@@ -262,6 +262,31 @@ def test_a_model_says_where_it_runs() -> None:
     assert model.max_batch_tok == 32 and model.pages_in_use == 0
 
 
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+def test_it_takes_what_it_says(cuda_library: Path, kv_dtype: str) -> None:
+    """Memory that is gone after opening, and for a page, against `model_sizes`; a real device rounds it up."""
+    if ON_DEVICE:
+        pytest.skip("only in the emulation: memory is given out to the byte")
+
+    def free_bytes() -> int:
+        return int(_C.cuda.devices(str(cuda_library))[0]["free_bytes"])
+
+    for shape in (Shape(tied=True, biases=True), Shape()):
+        small = small_model(shape, Kind("q4", 32), kinds={"wv": Kind("q8", 32), "w_up": Kind("f16")})
+        sizes = _C.cuda.model_sizes(small.config, small.weights, max_batch_tok=32, kv_dtype=kv_dtype)
+        assert (
+            sizes["weights"]
+            == sizes["embedding"] + sizes["layers"] + sizes["head"] * (not shape.tied) + 512 * shape.tied
+        )
+        before = free_bytes()
+        model = on_cuda(small, kv_dtype=kv_dtype)
+        inputs = 8 * 4 * 3 + 8 * 16 + 8 * 8 + 8 * 8 * 8 + shape.head_dim // 2 * 4
+        assert before - free_bytes() == sizes["weights"] + sizes["buffers"] + inputs
+        assert sizes["page"] == model.page_bytes
+        del model
+        assert before == free_bytes()
+
+
 def test_profile_tells_where_the_time_goes() -> None:
     small = small_model(SMALL, Kind("q4", 32))
     model, tokens = on_cuda(small), random_tokens(small, 16)
