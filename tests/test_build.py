@@ -223,7 +223,8 @@ def test_every_extra_and_make_target_that_is_named_exists() -> None:
         assert {extra for some in named for extra in some.split(",")} <= extras, place
         found |= set(named)
         if place.name in ("README.md", "run"):
-            lines = re.findall(r"^(?: {4}|step \"[^\"]+\" )make ([a-z -]+)", text, re.MULTILINE)
+            called = r"^ {4}make ([a-z -]+)" if place.name == "README.md" else r"^[^#\n]*\bmake (?:-o dev )?([a-z-]+)"
+            lines = re.findall(called, text, re.MULTILINE)
             assert lines and {target for line in lines for target in line.split()} <= targets, place
     assert found
 
