@@ -1,13 +1,15 @@
 """Compiles every CUDA kernel for every architecture and looks at what came out: `make check-cuda`.
 
 Fails when a kernel spills registers, has a stack frame, or takes more registers than its source promises, or more
-instructions a weight in its inner loop. Needs nvcc and no device; without nvcc it says so and passes. Instructions are
-counted where nvdisasm is there (in PATH, or from PyPI: nvidia-cuda-nvdisasm). It runs nothing and measures no time.
+instructions a weight (or a matrix instruction) in its inner loop. Needs nvcc and no device; without nvcc it says so and
+passes. Instructions are counted where nvdisasm is there (in PATH, or from PyPI: nvidia-cuda-nvdisasm). It runs nothing
+and measures no time.
 
 A source file promises in comments, whose first word is a part of the kernel's name, plain or mangled:
 
     // registers: read_kernel 32
     // loop: linear_kernel 2.1 per weight, 128 weights
+    // loop: product_kernel 5.0 per mma, 64 mma
 
 A kernel's inner loop is the one with most tensor core instructions (then: most instructions) of those that hold no
 other loop: from the target of a backward branch to the branch, both included.
@@ -30,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra,-Werror")
+LOOP = r"(\w+) ([\d.]+) per (?:weight(?=, \d+ weights)|mma(?=, \d+ mma)), (\d+) (\w+)"
 TENSOR_CORE = re.compile(r"\b[HIQ]?(?:GMMA|MMA)\b|\b[HI]MMA\.")
 
 
@@ -48,8 +51,9 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Loop:
-    per_weight: float
-    weights: int
+    each: float  # instructions
+    count: int
+    unit: str  # of what: weights of a lane, or matrix instructions
 
 
 @dataclass
@@ -67,11 +71,12 @@ def parse_promises(texts: Iterable[str]) -> Promises:
         for kind, rest in re.findall(r"^\s*// (registers|loop): (.*)$", text, re.MULTILINE):
             if kind == "registers" and (found := re.fullmatch(r"(\w+) (\d+)", rest.strip())):
                 promises.registers[found[1]] = int(found[2])
-            elif kind == "loop" and (found := re.fullmatch(r"(\w+) ([\d.]+) per weight, (\d+) weights", rest.strip())):
-                promises.loops[found[1]] = Loop(float(found[2]), int(found[3]))
+            elif kind == "loop" and (found := re.fullmatch(LOOP, rest.strip())):
+                promises.loops[found[1]] = Loop(float(found[2]), int(found[3]), found[4])
             else:
                 raise ValueError(
                     f"// {kind}: {rest}: expected `// registers: NAME N` or `// loop: NAME X per weight, N weights`"
+                    " or `// loop: NAME X per mma, N mma`"
                 )
     return promises
 
@@ -141,11 +146,9 @@ def complaints(kernel: Kernel, plain: str, promises: Promises) -> list[str]:
     loop = promised(promises.loops, kernel, plain)
     # On sm_75 the tensor cores take half as much at once: its count is shown and has no limit.
     if isinstance(loop, Loop) and kernel.loop is not None and int(kernel.architecture) >= 80:
-        each = kernel.loop / loop.weights
-        if each > loop.per_weight:
-            wrong.append(
-                f"{kernel.loop} instructions for {loop.weights} weights = {each:.2f}, {loop.per_weight} promised"
-            )
+        each = kernel.loop / loop.count
+        if each > loop.each:
+            wrong.append(f"{kernel.loop} instructions for {loop.count} {loop.unit} = {each:.2f}, {loop.each} promised")
     return wrong
 
 
@@ -223,10 +226,10 @@ def report(kernels: list[Kernel], promises: Promises, tell: Callable[[str], None
     """Prints the table and then what is wrong. Returns how much that is."""
     plain = demangle([kernel.name for kernel in kernels])
     width = max((len(name) for name in plain.values()), default=6)
-    tell(f"{'kernel':<{width}}  {'arch':>6} {'registers':>9} {'promised':>8} {'shared':>6} {'loop':>5} {'a weight':>8}")
+    tell(f"{'kernel':<{width}}  {'arch':>6} {'registers':>9} {'promised':>8} {'shared':>6} {'loop':>5} {'each':>8}")
     for kernel in sorted(kernels, key=lambda k: (plain[k.name], int(re.sub(r"\D", "", k.architecture)))):
         loop = promised(promises.loops, kernel, plain[kernel.name])
-        each = f"{kernel.loop / loop.weights:.2f}" if isinstance(loop, Loop) and kernel.loop is not None else ""
+        each = f"{kernel.loop / loop.count:.2f}" if isinstance(loop, Loop) and kernel.loop is not None else ""
         count = "" if kernel.loop is None else str(kernel.loop)
         ceiling = promised(promises.registers, kernel, plain[kernel.name]) or "-"
         row = f"{kernel.registers:>9} {ceiling!s:>8} {kernel.shared_bytes:>6} {count:>5} {each:>8}"

@@ -78,13 +78,29 @@ def test_on_the_oldest_architecture_a_loop_is_shown_and_not_judged(check: Module
     assert check.complaints(kernel, kernel.name, check.parse_promises([GOOD])) == []
 
 
+def test_matrix_instructions_are_a_unit_too(check: ModuleType) -> None:
+    promises = check.parse_promises(["// loop: saxpy 4.5 per mma, 64 mma\n"])
+    (kernel,) = check.parse_ptxas(ptxas(SAXPY, 32), "80")
+    for loop, expected in ((288, []), (289, ["289 instructions for 64 mma = 4.52, 4.5 promised"])):
+        kernel.loop = loop
+        assert check.complaints(kernel, kernel.name, promises) == expected
+
+
 def test_the_longest_name_promises(check: ModuleType) -> None:
     promises = check.parse_promises(["// registers: saxpy 32\n  // registers: saxpy_wide 64\n"])
     (kernel,) = check.parse_ptxas(ptxas("_Z10saxpy_widev", 64), "80")
     assert check.complaints(kernel, kernel.name, promises) == []
 
 
-@pytest.mark.parametrize("comment", ["// registers: saxpy", "// loop: saxpy 2.1", "// registers: saxpy about 40"])
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "// registers: saxpy",
+        "// loop: saxpy 2.1",
+        "// loop: saxpy 2.1 per mma, 8 weights",
+        "// registers: saxpy about 40",
+    ],
+)
 def test_a_promise_that_cannot_be_read_is_an_error(check: ModuleType, comment: str) -> None:
     with pytest.raises(ValueError, match="expected `// registers: NAME N`"):
         check.parse_promises([comment + "\n"])

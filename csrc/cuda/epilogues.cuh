@@ -14,16 +14,14 @@ struct StoreRowsEpilogue {
   StoreRows out;
   int rows;
 
-  PYLLAMA_DEVICE void store(int row, int token, float value) const {
-    if (row >= rows) return;
-    const int64_t index = token * out.stride + row;
-    if (out.bias) value += out.bias[row];
-    if (out.residual) value += out.residual[index];
-    out.y[index] = value;
+  PYLLAMA_DEVICE float value(int row, int token, float product) const {
+    if (out.bias) product += out.bias[row];
+    return out.residual ? product + out.residual[token * out.stride + row] : product;
   }
-  PYLLAMA_DEVICE void operator()(int row, int token, float value, float value8) const {
-    store(row, token, value);
-    store(row + 8, token, value8);
+  PYLLAMA_DEVICE void store(int row, int token, float value) const { out.y[token * out.stride + row] = value; }
+  PYLLAMA_DEVICE void operator()(int row, int token, float product, float product8) const {
+    if (row < rows) store(row, token, value(row, token, product));
+    if (row + 8 < rows) store(row + 8, token, value(row + 8, token, product8));
   }
 };
 

@@ -1,5 +1,6 @@
 // y = x W^T by tensor cores, for any number of tokens, with weights in fragment order (fragments.h): the door to
-// products. Up to 8 tokens go to linear_few.h, of which the time is that of reading weights; more go there in panels.
+// products. Up to 8 tokens go to linear_few.h, of which the time is that of reading weights; more to linear_many.h. The
+// two sum in different orders, so a token's bits are one thing in steps of up to 8 and another in longer ones.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,7 @@
 // multiprocessor.
 #pragma once
 
-#include "cuda/dequant.cuh"
+#include "cuda/chunk.cuh"
 #include "cuda/linear_few.h"
 
 namespace pyllama {
@@ -18,23 +18,10 @@ constexpr int kFewThreads = 32 * kFewWarps;
 // Two tiles' sums, since one is added up while the next is made; and a codebook.
 constexpr int kFewSharedBytes = 2 * kFewWarps * 32 * 16 + 16;
 
-// Which codes, scales and offsets a kernel is made for. Groups of 64 and 128 share a kernel.
 template <Codes codes, Offset offset, bool group32>
-struct FewKind {
-  static constexpr Codes kCodes = codes;
-  static constexpr Offset kOffset = offset;
-  static constexpr bool kQuantized = codes != Codes::half && codes != Codes::half_pair;
-  static constexpr bool kGroup32 = group32;
+struct FewKind : WeightKind<codes, offset, group32> {
   static constexpr int kLoads = code_loads(codes);
   static constexpr int kDepth = kLoads == 1 ? 4 : kLoads == 2 ? 3 : kLoads == 4 ? 2 : 1;  // chunks on their way
-  static constexpr int kScaleWords = !kQuantized ? 0 : (group32 ? 2 : 1) * (offset == Offset::none ? 1 : 2);
-};
-
-// A lane's part of a chunk.
-template <class Kind>
-struct FewChunk {
-  uint4 codes[Kind::kLoads];
-  uint32_t scales[Kind::kScaleWords ? Kind::kScaleWords : 1];
 };
 
 // Where a lane reads the chunks of a tile that are its warp's: chunk warp() + 8 i at i strides.
@@ -58,70 +45,21 @@ PYLLAMA_DEVICE FewPlace place_of(const Fragments& w, int tile) {
 
 // Chunk warp() + 8 i from a place, if `valid`.
 template <class Kind>
-PYLLAMA_DEVICE void fetch(FewChunk<Kind>& to, const FewPlace& at, int i, int scale_stride, bool valid) {
-  PYLLAMA_UNROLL
-  for (int load = 0; load < Kind::kLoads; load++) {
-    load_stream_if(to.codes[load], at.codes + (i * kFewWarps * Kind::kLoads + load) * 32, valid);
-  }
-  if constexpr (Kind::kQuantized) load_words_if(to.scales, at.scales + i * scale_stride, valid);
-}
-
-PYLLAMA_DEVICE uint32_t component(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// Fragment f of a chunk without its scale.
-template <class Kind>
-PYLLAMA_DEVICE void make_fragment(uint32_t (&a)[4], const FewChunk<Kind>& chunk, int f, const CodeBias& bias,
-                                  const uint32_t (&codebook)[4]) {
-  if constexpr (Kind::kCodes == Codes::q4) {
-    fragment_q4(a, component(chunk.codes[0], f), bias);
-  } else if constexpr (Kind::kCodes == Codes::q4nl) {
-    fragment_q4nl(a, component(chunk.codes[0], f), codebook);
-  } else if constexpr (Kind::kCodes == Codes::q8) {
-    const uint4& v = chunk.codes[f / 2];
-    fragment_q8(a, component(v, f % 2 * 2), component(v, f % 2 * 2 + 1));
-  } else {
-    const uint4& v = chunk.codes[f];  // f counts both parts of a pair
-    a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
-  }
-}
-
-// What to add to codes so that they are c - 8, c, or c - zero point.
-template <class Kind>
-PYLLAMA_DEVICE CodeBias bias_of(uint32_t offset_word) {
-  if constexpr (Kind::kOffset == Offset::none) return {as_half2(kMinus1032), as_half2(kMinus72)};
-  if constexpr (Kind::kOffset == Offset::minimum) return {as_half2(kMinus1024), as_half2(kMinus64)};
-  return {as_half2(permute_bytes(offset_word, 0, 0x1010)), as_half2(permute_bytes(offset_word, 0, 0x3232))};
-}
-
-// acc += factor of the row * (numbers of the tokens): c[0], c[1] are row g, c[2], c[3] row g + 8.
-PYLLAMA_DEVICE void add_scaled(float (&acc)[4], uint32_t factors, const float (&c)[4]) {
-  const float2 s = to_float(as_half2(factors));
-  acc[0] = fma(s.x, c[0], acc[0]);
-  acc[1] = fma(s.x, c[1], acc[1]);
-  acc[2] = fma(s.y, c[2], acc[2]);
-  acc[3] = fma(s.y, c[3], acc[3]);
-}
-
-// acc += minimum * sum of the activations, for a chunk's two halves: as half a fragment more, whose columns 0 and 1
-// meet the sums' high parts and columns 2 and 3 their low parts; the other columns meet zeros.
-template <class Kind>
-PYLLAMA_DEVICE void add_minimums(float (&acc)[4], const FewChunk<Kind>& chunk, uint32_t sums) {
-  uint32_t a[2];
-  if constexpr (Kind::kGroup32) {
-    a[0] = chunk.scales[2], a[1] = chunk.scales[3];
-  } else {
-    a[0] = permute_bytes(chunk.scales[1], 0, 0x1010), a[1] = permute_bytes(chunk.scales[1], 0, 0x3232);
-  }
-  mma_m16n8k8(acc, a, sums);
+PYLLAMA_DEVICE void fetch(WeightChunk<Kind>& to, const FewPlace& at, int i, int scale_stride, bool valid) {
+  load_chunk(to, at.codes + i * kFewWarps * Kind::kLoads * 32, at.scales + i * scale_stride, valid);
 }
 
 // acc += a chunk of weights * the activations at x and their sums (this lane's token and columns).
 template <class Kind>
-PYLLAMA_DEVICE void multiply_chunk(float (&acc)[4], const FewChunk<Kind>& chunk, const uint4* x, const uint32_t* sums,
-                                   const uint32_t (&codebook)[4]) {
+PYLLAMA_DEVICE void multiply_chunk(float (&acc)[4], const WeightChunk<Kind>& chunk, const uint4* x,
+                                   const uint32_t* sums, const uint32_t (&codebook)[4]) {
   constexpr int kParts = Kind::kCodes == Codes::half_pair ? 2 : 1;
   float sum[4] = {0, 0, 0, 0};
-  if constexpr (Kind::kOffset == Offset::minimum) add_minimums<Kind>(acc, chunk, *sums);
+  if constexpr (Kind::kOffset == Offset::minimum) {
+    uint32_t minimums[2];
+    minimum_fragment<Kind>(minimums, chunk);
+    mma_m16n8k8(acc, minimums, *sums);
+  }
   PYLLAMA_UNROLL
   for (int side = 0; side < 2; side++) {
     const uint4 v = x[side * (kFewTokens * 32 / 8)];
@@ -141,7 +79,7 @@ PYLLAMA_DEVICE void multiply_chunk(float (&acc)[4], const FewChunk<Kind>& chunk,
     }
     if constexpr (Kind::kQuantized) {
       if (!Kind::kGroup32 && side == 0) continue;
-      add_scaled(acc, chunk.scales[group], sum);
+      add_scaled(acc, to_float(as_half2(chunk.scales[group])), sum);
       for (int i = 0; i < 4; i++) sum[i] = 0;
     }
   }
@@ -173,15 +111,6 @@ PYLLAMA_DEVICE void finish_tile(const Fragments& w, const Activations& x, int n_
   }
 }
 
-// The codebook by way of shared memory: compilers fetch an argument anew for each use, half an instruction a weight.
-PYLLAMA_DEVICE void copy_codebook(uint32_t (&to)[4], const Fragments& w) {
-  uint4* const shared = reinterpret_cast<uint4*>(shared_memory()) + 2 * kFewWarps * 32;
-  if (thread_index() == 0) *shared = {w.codebook[0], w.codebook[1], w.codebook[2], w.codebook[3]};
-  barrier();
-  const uint4 v = *shared;
-  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-}
-
 // Grid: any number of blocks up to w.tiles; kFewThreads threads; kFewSharedBytes.
 template <class Kind, class Epilogue>
 PYLLAMA_DEVICE void linear_few_body(const Fragments& w, const Activations& x, int n_tokens, const Epilogue& epilogue) {
@@ -193,11 +122,11 @@ PYLLAMA_DEVICE void linear_few_body(const Fragments& w, const Activations& x, in
   const int scale_stride = (w.group == 128 ? kFewWarps / 2 : kFewWarps) * 8 * Kind::kScaleWords;
   float4* const shared = reinterpret_cast<float4*>(shared_memory());
   uint32_t codebook[4] = {0, 0, 0, 0};
-  if constexpr (Kind::kCodes == Codes::q4nl) copy_codebook(codebook, w);
+  if constexpr (Kind::kCodes == Codes::q4nl) copy_codebook(codebook, w, shared + 2 * kFewWarps * 32);
 
   int tile = static_cast<int>(block_index().x);
   FewPlace next = place_of<Kind>(w, tile);
-  FewChunk<Kind> slots[kDepth];
+  WeightChunk<Kind> slots[kDepth];
   PYLLAMA_UNROLL
   for (int i = 0; i < kDepth; i++) {
     fetch(slots[i], next, i, scale_stride, first + i * kFewWarps < w.chunks);
