@@ -158,6 +158,10 @@ void CudaModel::start() {
   if (mode_ == Mode::replayed) return stream_.run(*graphs_.find(key_));
   if (mode_ == Mode::recorded) recording_.emplace(stream_);
   turn_to(&StepTimes::rest);
+}
+
+// What all layers read beside x. Begins with a copy and ends with a kernel, so that what comes next may start early.
+void CudaModel::bring_inputs() {
   inputs().copy(stream_, n_pages_);
   const RopeAngles angles{inputs().pos(), inv_freq_.as<float>(), c_.rope_attention_factor,
                           shape_.n_tok,   c_.head_dim / 2,       buffers_.cos,
@@ -197,6 +201,7 @@ void CudaModel::embed() {
   check<std::logic_error>(w_.has_embedding(), "this part of a model has no embedding");
   start();
   if (!launches()) return;
+  bring_inputs();
   const DeviceMatrix& w = w_.embedding();
   pyllama::cuda::embed(stream_, w.fragments, inputs().tokens(), shape_.n_tok, w.input_order, buffers_.x);
 }
@@ -206,7 +211,9 @@ void CudaModel::load_x(const float* x) {
   const size_t bytes = x_bytes();
   std::memcpy(x_on_host_.as<void>(), x, bytes);
   start();
-  if (launches()) stream_.copy_to_device(buffers_.x, x_on_host_.as<void>(), bytes);
+  if (!launches()) return;
+  stream_.copy_to_device(buffers_.x, x_on_host_.as<void>(), bytes);
+  bring_inputs();
 }
 
 void CudaModel::store_x(float* x) {

@@ -63,6 +63,7 @@ class CudaModel {
 
   void choose_shape(const Step& step);
   void start();
+  void bring_inputs();
   void finish();
   bool launches() const { return mode_ != Mode::replayed; }
   void turn_to(Part part) { timer_.turn_to(stream_, part); }

@@ -1,4 +1,5 @@
-// A thread makes one angle, in double: a step has a few thousand of them, once for all layers. See rope_angles.h.
+// A thread makes one angle, in double: a step has a few thousand of them, once for all layers. No early start: in front
+// of it is a copy. See rope_angles.h.
 //
 // registers: rope_angles_kernel 64
 #include "cuda/rope_angles.h"
@@ -16,7 +17,6 @@ constexpr unsigned kThreads = 128;
 }  // namespace
 
 PYLLAMA_KERNEL void rope_angles_kernel(const RopeAngles args) {
-  wait_for_previous_kernel();
   let_next_kernel_start();
   const int64_t index = static_cast<int64_t>(block_index().x) * kThreads + thread_index();
   if (index >= static_cast<int64_t>(args.n_tok) * args.half_dim) return;
@@ -31,8 +31,7 @@ PYLLAMA_KERNEL void rope_angles_kernel(const RopeAngles args) {
 void rope_angles(Stream& stream, const RopeAngles& args) {
   const int64_t n = static_cast<int64_t>(args.n_tok) * args.half_dim;
   if (n == 0) return;
-  launch(stream, rope_angles_kernel, args, {static_cast<unsigned>((n + kThreads - 1) / kThreads)}, kThreads, 0,
-         Start::kEarly);
+  launch(stream, rope_angles_kernel, args, {static_cast<unsigned>((n + kThreads - 1) / kThreads)}, kThreads);
 }
 
 }  // namespace cuda
