@@ -409,6 +409,26 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     np.testing.assert_allclose([value for _, value in out.top_logprobs], exact[order[:5]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.5, "min_p": 0.01},
+        {"temperature": 1.0, "min_p": 0.5},
+        {"temperature": 1.0, "top_k": 2},
+        {"temperature": 1.0, "logit_bias": {0: -1.0}},
+        {"temperature": 0.3},
+    ],
+    ids=str,
+)
+def test_logprobs_do_not_depend_on_how_is_sampled(params: dict[str, Any]) -> None:
+    logits = random_logits(700, 8, 4.0)
+    plain = sample(logits, temperature=0, logprobs=700).top_logprobs
+    for seed in range(5):
+        out = sample(logits, seed=seed, logprobs=700, **params)
+        assert out.top_logprobs == plain and out.logprob == dict(plain)[out.token]
+
+
 def test_how_many_logprobs() -> None:
     logits = random_logits(10)
     without = sample(logits)

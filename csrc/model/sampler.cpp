@@ -94,6 +94,7 @@ void check_sampler(const SamplerParams& p) {
 
 Sampled Sampler::sample(const SamplerParams& params, const SamplerInput& in) {
   check(in.vocab_size <= kMaxVocab, "a vocabulary of ", in.vocab_size, " tokens, expected at most ", kMaxVocab);
+  whole_ = {};
   const LargestLogit raw = find_largest(in.logits, in.vocab_size);
   check(raw.finite, "logits are not finite at position ", in.n_tok() - 1, ": the weights hold NaN or overflow");
   const float* logits = adjust(params, in);
@@ -221,7 +222,9 @@ uint64_t Sampler::weigh(const Choice& c, double temperature, double depth) {
   const double scale = std::min(0x1.71547652b82fep0 / temperature, std::numeric_limits<double>::max());  // log2(e) / T
   kernels_.weigh(c.logits, c.n, maxima_.data(), c.max - depth * temperature, c.max, scale, weights_.data(),
                  sums_.data());
-  return std::accumulate(sums_.begin(), sums_.end(), uint64_t{0});
+  const uint64_t total = std::accumulate(sums_.begin(), sums_.end(), uint64_t{0});
+  if (temperature == 1 && depth == kNoWeight) whole_ = {c.logits, c.max, total};
+  return total;
 }
 
 // The least likely token that top-p keeps: the last of the fewest most likely ones whose weights reach `enough`.
@@ -314,14 +317,14 @@ int Sampler::pick(uint64_t target) const {
 }
 
 void Sampler::report(const SamplerInput& in, int n_top, Sampled& out) {
-  const Choice raw{in.logits, in.vocab_size, find_largest(in.logits, in.vocab_size).value};
-  const double log_total = portable_log(static_cast<double>(weigh(raw, 1.0, kNoWeight)) / kWeightOne);
-  const auto logprob = [&](float logit) {
-    return static_cast<float>((static_cast<double>(logit) - raw.max) - log_total);
-  };
+  if (whole_.logits != in.logits) {  // else the token was drawn by the very weights, and maxima_ are theirs
+    weigh({in.logits, in.vocab_size, find_largest(in.logits, in.vocab_size).value}, 1.0, kNoWeight);
+  }
+  const double max = whole_.max, log_total = portable_log(static_cast<double>(whole_.total) / kWeightOne);
+  const auto logprob = [&](float logit) { return static_cast<float>((static_cast<double>(logit) - max) - log_total); };
   out.logprob = logprob(in.logits[out.token]);
   if (n_top == 0) return;
-  select_top(raw, std::min(n_top, in.vocab_size));
+  select_top({in.logits, in.vocab_size, whole_.max}, std::min(n_top, in.vocab_size));
   std::sort(keys_.begin(), keys_.end(), std::greater<>());
   for (const Key key : keys_) out.top_logprobs.emplace_back(key_id(key), logprob(key_logit(key)));
 }

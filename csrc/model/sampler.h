@@ -73,6 +73,13 @@ class Sampler {
     float max;
   };
 
+  // What a pass at temperature 1 over all logits gave: log-probabilities need no other.
+  struct Whole {
+    const float* logits = nullptr;
+    float max = 0;
+    uint64_t total = 0;
+  };
+
   LargestLogit find_largest(const float* logits, int n);
   const float* adjust(const SamplerParams& params, const SamplerInput& in);
   void penalize(const SamplerParams& params, const SamplerInput& in);
@@ -96,6 +103,7 @@ class Sampler {
   std::vector<uint64_t> weights_;  // [blocks · kVocabBlock], where a block's sum is not 0
   std::vector<uint64_t> sums_;     // [block]
   std::vector<Key> keys_;
+  Whole whole_;  // of the last pass within this call
 };
 
 }  // namespace pyllama
