@@ -1,5 +1,7 @@
 // Attention of a step over the paged cache, whatever its spans are: what the kernels take, and the function that
-// chooses among them. There is one so far, attention_few.h; prompts will have their own.
+// chooses among them. Spans of at most kFewSpanTok tokens (decoding, guesses to be verified) go to attention_few.h,
+// where keys are split over blocks; longer ones, prompts, to attention_many.h, where a key is read once for many rows.
+// A span's own length decides, so that what a token gets does not depend on the rest of the step.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +11,8 @@
 
 namespace pyllama {
 namespace cuda {
+
+constexpr int kFewSpanTok = 8;
 
 // A run of consecutive tokens of one sequence inside a step, as Span of backend.h.
 struct DeviceSpan {
@@ -41,6 +45,7 @@ struct AttendShape {
   int multiprocessors = 1;
   size_t shared_bytes = 0;
 };
+// A prompt needs none; it asks for what its text's decoding will.
 struct AttendRoom {
   size_t partials_bytes, arrived_bytes;
 };

@@ -21,6 +21,7 @@
 #define PYLLAMA_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define PYLLAMA_UNROLL _Pragma("unroll")
 #define PYLLAMA_UNROLL_8 _Pragma("unroll 8")
+#define PYLLAMA_UNROLL_1 _Pragma("unroll 1")
 #define PYLLAMA_ON_DEVICE 1
 #else
 #include <cmath>
@@ -35,6 +36,7 @@
 #define PYLLAMA_LAUNCH_BOUNDS(threads, blocks)
 #define PYLLAMA_UNROLL
 #define PYLLAMA_UNROLL_8
+#define PYLLAMA_UNROLL_1
 #define PYLLAMA_ON_DEVICE 0
 #endif
 
@@ -51,9 +53,22 @@ using half2 = __half2;
 using bfloat16 = __nv_bfloat16;
 
 PYLLAMA_DEVICE unsigned thread_index() { return threadIdx.x; }
+// thread_index(), asked for anew: where keeping what was computed from it costs a register that is wanted elsewhere.
+PYLLAMA_DEVICE unsigned thread_index_again() {
+  unsigned i;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+  return i;
+}
 PYLLAMA_DEVICE unsigned block_size() { return blockDim.x; }
 PYLLAMA_DEVICE Dim3 block_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
 PYLLAMA_DEVICE Dim3 grid_size() { return {gridDim.x, gridDim.y, gridDim.z}; }
+
+// Whether a block can have more than the 64 KB of sm_75.
+#if __CUDA_ARCH__ >= 800
+constexpr bool kLargeShared = true;
+#else
+constexpr bool kLargeShared = false;
+#endif
 
 // The block's dynamic shared memory, a multiple of 128 bytes. Undefined at first.
 PYLLAMA_DEVICE unsigned char* shared_memory() {
@@ -64,9 +79,11 @@ PYLLAMA_DEVICE unsigned char* shared_memory() {
 #else
 
 inline unsigned thread_index() { return emulation::this_thread->index; }
+inline unsigned thread_index_again() { return thread_index(); }
 inline unsigned block_size() { return emulation::this_thread->launch->shape.block; }
 inline Dim3 block_index() { return emulation::this_thread->block_index; }
 inline Dim3 grid_size() { return emulation::this_thread->launch->shape.grid; }
+constexpr bool kLargeShared = true;
 inline unsigned char* shared_memory() { return emulation::this_thread->shared; }
 
 #endif
@@ -273,6 +290,15 @@ PYLLAMA_DEVICE float exp2_approx(float x) {
 #else
   const float y = static_cast<float>(std::exp2(double{x}));
   return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+
+// The larger one; where one is NaN, the other.
+PYLLAMA_DEVICE float max_of(float a, float b) {
+#if PYLLAMA_ON_DEVICE
+  return fmaxf(a, b);
+#else
+  return std::fmax(a, b);
 #endif
 }
 

@@ -117,6 +117,13 @@ PYLLAMA_KERNEL void exponential(const Words w) {
   w.out[global_thread()] = as_bits(exp2_approx(as_float(w.in[global_thread()])));
 }
 
+// in: two floats a thread. out: the larger one, and who the thread is.
+PYLLAMA_KERNEL void larger_ones(const Words w) {
+  const unsigned i = global_thread();
+  w.out[2 * i] = as_bits(max_of(as_float(w.in[2 * i]), as_float(w.in[2 * i + 1])));
+  w.out[2 * i + 1] = thread_index_again();
+}
+
 // in: one exponent a thread.
 PYLLAMA_KERNEL void powers_of_two(const Words w) {
   w.out[global_thread()] = as_bits(power_of_two(static_cast<int>(w.in[global_thread()])));
@@ -214,6 +221,7 @@ extern const NamedKernel kHelperKernels[] = {
     {"load_if_8", load_if<2>},
     {"load_if_16", load_if<4>},
     {"exponential", exponential},
+    {"larger_ones", larger_ones},
     {"powers_of_two", powers_of_two},
     {"wide_copy", wide_copy},
     {"read_only_copy_4", read_only_copy<float>},

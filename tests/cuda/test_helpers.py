@@ -202,6 +202,14 @@ def test_powers_of_two(emulated: Emulated) -> None:
     assert np.isinf(found[x >= 128]).all()
 
 
+def test_the_larger_one(emulated: Emulated) -> None:
+    special = np.array([0, 1.5, -2, np.inf, -np.inf, np.nan], np.float32)
+    pairs = np.stack(np.meshgrid(special, special), -1).reshape(-1, 2)
+    found = emulated.run("larger_ones", pairs, 72, block=36).reshape(36, 2)
+    assert same_numbers(found[:, 0].copy().view(np.float32), np.fmax(pairs[:, 0], pairs[:, 1])).all()
+    assert (found[:, 1] == np.arange(36)).all()
+
+
 def test_exact_powers_of_two(emulated: Emulated) -> None:
     exponents = np.arange(-127, 128, dtype=np.int32)
     found = emulated.run("powers_of_two", exponents, 255, block=255).view(np.float32)
