@@ -67,6 +67,62 @@ COPY = {
     "address, product, price.\n\n" + ORDERS,
     "insert": "Repeat this text, and add one sentence about the garden behind the tower at its end.\n\n" + STORY,
 }
+MILL = (
+    "The old mill on the river Tarn was closed in 1962 when the new factory opened in the valley. For almost "
+    "twenty years nobody used it, and the roof fell in. In 1981 a group of students from the town bought the mill"
+    " for a small sum and began to repair it. They rebuilt the wooden wheel, cleaned the channel and planted "
+    "forty apple trees around the yard. Today the mill grinds flour for three bakeries, and every Saturday "
+    "visitors can watch the miller at work."
+)
+LETTER = (
+    "dear mister Brown, i am writing you because the washing machine what I buyed in you're shop last week do not"
+    " works. It make a loud noise and the water stay in the drum. I has called you three time but nobody answer "
+    "the phone. please send somebody to repair it or gives me my money back. I hopes to hear from you soon."
+)
+STACK = """class Stack:
+    def __init__(self):
+        self.data = []
+
+    def push(self, x):
+        self.data.append(x)
+
+    def pop(self):
+        if len(self.data) == 0:
+            raise IndexError("pop from empty stack")
+        return self.data.pop()
+
+    def size(self):
+        return len(self.data)"""
+RECORDS = (
+    "Name: Maria Lopez; born: 1984-06-12; city: Valencia; phone: 555-0134. Name: Jonas Becker; born: 1990-11-03; "
+    "city: Hamburg; phone: 555-0178. Name: Aiko Tanaka; born: 1979-01-25; city: Osaka; phone: 555-0190. Name: "
+    "Peter Novak; born: 1988-08-30; city: Brno; phone: 555-0112."
+)
+BEES = (
+    "Bees are insects that live in colonies of up to sixty thousand animals. A colony has one queen, who lays all"
+    " the eggs, some hundred drones, and many thousand workers. Workers live only six weeks in summer. They build"
+    " the comb, feed the larvae, guard the entrance and collect nectar and pollen. When a worker has found "
+    "flowers, she tells the others by a dance in which direction and how far they must fly."
+)
+# Written down before any of them was run.
+MORE_COPY = {
+    "fix2": "Correct the spelling and grammar of this letter. Keep the wording otherwise.\n\n" + LETTER,
+    "quote": "Which sentences of this text tell about years? Quote them exactly.\n\n" + MILL,
+    "past": "Rewrite this text in the past tense.\n\n" + BEES,
+    "rename2": "Rename the attribute `data` to `items` in this Python class. Answer with the whole code.\n\n" + STACK,
+    "doc": "Add a docstring to every method of this Python class. Answer with the whole code.\n\n" + STACK,
+    "table": "Write these records as a Markdown table.\n\n" + RECORDS,
+    "json": "Convert these records to a JSON list.\n\n" + RECORDS,
+    "list": "Split this text into a numbered list with one sentence for each number.\n\n" + BEES,
+    "replace": "Replace the word `mill` by the word `castle` in this text and repeat the whole text.\n\n" + MILL,
+    "sum": "Summarise this text in two sentences. Then quote the most important sentence.\n\n" + BEES,
+    "names": "Change the name of the river to Aller and the year 1962 to 1971, and write the whole text again.\n\n"
+    + MILL,
+    "html": "Put this text into HTML, one paragraph for each sentence.\n\n" + MILL,
+    "answer": "Read this text and answer: who bought the mill, when, and what did they do? Use the words of the text."
+    "\n\n" + MILL,
+    "shorten": "Shorten this text a little by leaving out unimportant words.\n\n" + BEES,
+}
 CHAT = {
     "explain": "Why is the sky blue in the day and red in the evening?",
     "letter": "Write a short letter to my landlord about a broken heater.",
@@ -77,6 +133,7 @@ CHAT = {
 # name: prompts and how they are sampled
 GROUPS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "copy": (COPY, {"temperature": 0.0}),
+    "copy, more": (MORE_COPY, {"temperature": 0.0}),
     "copy, sampled": (COPY, {"temperature": 0.8, "seed": 1}),
     "chat": (CHAT, {"temperature": 0.0}),
     "chat, sampled": (CHAT, {"temperature": 0.8, "seed": 1}),

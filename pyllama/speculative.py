@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from .scheduler import Request
 
-MAX_DRAFT_TOK = 16
+MAX_DRAFT_TOK = 15  # sixteen rows with the token before them: what a tile unit takes at once
 _NGRAMS = (4, 2)  # lengths of the endings that are looked up, the longest first; 3 beside them gains nothing
 
 _CACHED_MODEL_BYTES = 256_000_000  # weights below this come from the caches rather than from memory
 
 # Shares of guesses that come true, before anything is known, by the length of what matched (0…3, 4…7, 8…15, 16…).
-_PRIOR_CHANCES = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 0.9)
-_PRIOR_WEIGHT = 3.0  # tries that the prior counts for
+_PRIOR_CHANCES = (0.05, 0.25, 0.5, 0.6, 0.75, 0.9, 0.95)
+_PRIOR_WEIGHT = 6.0  # tries that the prior counts for
 _MEMORY_TOK = 48.0  # tries that are remembered
 
 
@@ -43,7 +43,7 @@ class RowCosts(NamedTuple):
 
 
 FROM_MEMORY = RowCosts(0.06, 0.08, 0.1)  # while weights arrive, there is time to compute
-FROM_CACHES = RowCosts(0.12, 0.22, 0.3)
+FROM_CACHES = RowCosts(0.11, 0.16, 0.18)
 
 
 def row_costs(step_bytes: int) -> RowCosts:

@@ -31,9 +31,12 @@ void Activations::claim(Arena& arena, int max_tok) {
   arena.claim(&normed_, tok * padded);
   arena.claim(&blocks_, tok * (padded / 32 + kRowSkew));
   if (kernels_.tile_tok) arena.claim(&tiles_, count_tiles(max_tok, static_cast<int>(padded)));
-  arena.claim(&sum32_, tok * padded / 32);
-  arena.claim(&sum64_, tok * (padded / 64 + 1));
-  arena.claim(&sum128_, tok * (padded / 128 + 1));
+  const int in_tiles = std::min(max_tok, kernels_.most_tile_offset_tok);
+  for (size_t i = 0; i < 3; i++) {
+    const size_t groups = padded / (32u << i) + 1;
+    arena.claim(&sums_[i].rows, tok * groups);
+    arena.claim(&sums_[i].tiles, static_cast<size_t>(round_up(in_tiles, 16)) * groups);
+  }
 }
 
 void Activations::reshape(int M, int K) {
@@ -44,7 +47,9 @@ void Activations::reshape(int M, int K) {
 }
 
 bool takes_tiles(const Kernels& kernels, const Weight& w, int M) {
-  return kernels.tile_tok != 0 && M >= kernels.tile_tok && w.quantized() && !info(w.format).has_offset;
+  if (kernels.tile_tok == 0 || !w.quantized()) return false;
+  if (info(w.format).has_offset) return M >= kernels.tile_offset_tok && M <= kernels.most_tile_offset_tok;
+  return M >= kernels.tile_tok;
 }
 
 void put_in_tiles(const XBlock* x, int m, int M, int blocks, int begin, int end, XTile* tiles) {
@@ -75,9 +80,16 @@ void sum_groups(const XBlock* x, int blocks, int per_group, float* out) {
   }
 }
 
+void put_sums_in_tiles(const float* sums, int m, int64_t groups, int64_t begin, int64_t end, float* tile_sums) {
+  float* tile = tile_sums + m / 16 * groups * 16 + m % 16;
+  for (int64_t g = begin; g < end; g++) tile[g * 16] = sums[g];
+}
+
 void Activations::sum_row_groups(int m, int group) {
   const int64_t groups = (K_ + group - 1) / group;
-  sum_groups(blocks_ + m * ld_, Kp_ / 32, group / 32, group_sums(group) + m * groups);
+  float* sums = sums_of(group).rows + m * groups;
+  sum_groups(blocks_ + m * ld_, Kp_ / 32, group / 32, sums);
+  if (sums_in_tiles()) put_sums_in_tiles(sums, m, groups, 0, groups, sums_of(group).tiles);
 }
 
 void Activations::prepare_row(int m, int thread, bool quantize, const int32_t* order, const float* norm, float eps) {
@@ -114,7 +126,7 @@ void Activations::set(const float* x, int64_t ldx, int M, int K, const float* no
     quantize = true;
     if (info(w.format).has_offset) offset[w.group / 64] = true;
   }
-  const int rows = in_tiles_ && M > 16 ? static_cast<int>(round_up(rows_worth_a_task(K), 16)) : rows_worth_a_task(K);
+  const int rows = in_tiles_ ? static_cast<int>(round_up(rows_worth_a_task(K), 16)) : rows_worth_a_task(K);
   pool_.run_ranges(M, rows, [&](int begin, int end, int thread) {
     for (int m = begin; m < end; m++) {
       prepare_row(m, thread, quantize, nullptr, norm, eps);
@@ -136,7 +148,11 @@ void Activations::take_part(int m, int k, const float* x, int n) {
   XBlock* blocks = blocks_ + m * ld_ + k / 32;
   kernels_.quantize_row(x, n, blocks);
   if (in_tiles_) put_in_tiles(blocks_ + m * ld_, m, M_, Kp_ / 32, k / 32, (k + n + 31) / 32, tiles_);
-  if (part_group_ == 32) sum_groups(blocks, (n + 31) / 32, 1, sum32_ + static_cast<int64_t>(m) * (Kp_ / 32) + k / 32);
+  if (part_group_ != 32) return;
+  const int64_t groups = Kp_ / 32, begin = k / 32, end = (k + n + 31) / 32;
+  float* sums = sums_of(32).rows + m * groups;
+  sum_groups(blocks, static_cast<int>(end - begin), 1, sums + begin);
+  if (sums_in_tiles()) put_sums_in_tiles(sums, m, groups, begin, end, sums_of(32).tiles);
 }
 
 void Activations::complete() {
@@ -150,9 +166,11 @@ MatmulArgs Activations::arguments(const Product& p) const {
   MatmulArgs a{};
   a.w = view(*p.w);
   a.M = M_;
-  a.xq = {blocks_, ld_, nullptr, in_tiles_ && takes_tiles(kernels_, *p.w, M_) ? tiles_ : nullptr};
+  const bool in_tiles = in_tiles_ && takes_tiles(kernels_, *p.w, M_);
+  a.xq = {blocks_, ld_, nullptr, in_tiles ? tiles_ : nullptr, nullptr};
   if (info(p.w->format).has_offset) {
-    a.xq.group_sum = group_sums(p.w->group);
+    a.xq.group_sum = sums_of(p.w->group).rows;
+    if (in_tiles) a.xq.tile_sum = sums_of(p.w->group).tiles;
   }
   a.x = rows_;
   a.ldx = ld_rows_;

@@ -24,6 +24,8 @@ WeightView slice(const Weight& w, int begin, int end);
 
 // out[g] = Σ q·scale over each group of a weight, ascending from its first 32 columns; x: [blocks].
 void sum_groups(const XBlock* x, int blocks, int per_group, float* out);
+// Of the sums of row m's groups those in [begin, end) in their places among sixteen tokens', as a tile unit takes them.
+void put_sums_in_tiles(const float* sums, int m, int64_t groups, int64_t begin, int64_t end, float* tile_sums);
 
 // Whether a product of M rows wants them as a tile unit does.
 bool takes_tiles(const Kernels& kernels, const Weight& w, int M);
@@ -70,7 +72,13 @@ class Activations {
   void multiply_reordered(const Product& p);
   void reshape(int M, int K);
   void sum_row_groups(int m, int group);
-  float* group_sums(int group) const { return group == 32 ? sum32_ : group == 64 ? sum64_ : sum128_; }
+  // Sums of groups of 32, 64 and 128 columns.
+  struct Sums {
+    float* rows = nullptr;   // [M][ceil(K/group)] sums of q·scale
+    float* tiles = nullptr;  // [ceil(M/16)][ceil(K/group)][16]
+  };
+  const Sums& sums_of(int group) const { return sums_[group / 64]; }
+  bool sums_in_tiles() const { return in_tiles_ && M_ <= kernels_.most_tile_offset_tok; }
 
   const Kernels& kernels_;
   ThreadPool& pool_;
@@ -83,11 +91,11 @@ class Activations {
   int64_t ld_rows_ = 0;
   int part_group_ = 0;  // of parts: the group whose sums are wanted, or 0
   const int max_columns_;
-  float* reordered_ = nullptr;                                     // per thread [max_columns]
-  float* normed_ = nullptr;                                        // [max_tok][max_columns]
-  XBlock* blocks_ = nullptr;                                       // [M][ld_]
-  XTile* tiles_ = nullptr;                                         // [ceil(M/16)][Kp/32]
-  float *sum32_ = nullptr, *sum64_ = nullptr, *sum128_ = nullptr;  // [M][ceil(K/group)] sums of q·scale
+  float* reordered_ = nullptr;  // per thread [max_columns]
+  float* normed_ = nullptr;     // [max_tok][max_columns]
+  XBlock* blocks_ = nullptr;    // [M][ld_]
+  XTile* tiles_ = nullptr;      // [ceil(M/16)][Kp/32]
+  Sums sums_[3];
 };
 
 }  // namespace cpu

@@ -83,6 +83,8 @@ const Kernels& amx_kernels() {
     k.matmul = kKernels_amx.matmul;
     k.dot_peak = kKernels_amx.dot_peak;
     k.tile_tok = kKernels_amx.tile_tok;
+    k.tile_offset_tok = kKernels_amx.tile_offset_tok;
+    k.most_tile_offset_tok = kKernels_amx.most_tile_offset_tok;
     k.strip_tiles = kKernels_amx.strip_tiles;
     return k;
   }();

@@ -34,7 +34,9 @@ void Head::claim(Arena& arena, int max_rows) {
   if (!quantized_) return;
   arena.claim(&blocks_, rows * (w_.Kp() / 32 + kRowSkew));
   if (kernels_.tile_tok) arena.claim(&tiles_, count_tiles(static_cast<int>(rows), w_.Kp()));
-  if (info(w_.format).has_offset) arena.claim(&group_sum_, rows * w_.groups());
+  if (!info(w_.format).has_offset) return;
+  arena.claim(&group_sum_, rows * w_.groups());
+  arena.claim(&tile_sum_, static_cast<size_t>(round_up(kernels_.most_tile_offset_tok, 16)) * w_.groups());
 }
 
 bool Head::in_tiles(int n) const { return takes_tiles(kernels_, w_, n * digits_); }
@@ -50,7 +52,11 @@ void Head::prepare_row(const float* source, int m, int n, float* left) {
     XBlock* x = blocks_ + r * (blocks + kRowSkew);
     kernels_.quantize_row(left, dim, x);
     if (in_tiles(n)) put_in_tiles(x, static_cast<int>(r), n * digits_, blocks, 0, blocks, tiles_);
-    if (group_sum_) sum_groups(x, blocks, w_.group / 32, group_sum_ + r * w_.groups());
+    if (group_sum_) {
+      float* sums = group_sum_ + r * w_.groups();
+      sum_groups(x, blocks, w_.group / 32, sums);
+      if (in_tiles(n)) put_sums_in_tiles(sums, static_cast<int>(r), w_.groups(), 0, w_.groups(), tile_sum_);
+    }
     for (int k = 0; d + 1 < digits_ && k < dim; k++) {
       left[k] = std::fma(-static_cast<float>(x[k / 32].q[k % 32]), x[k / 32].scale, left[k]);
     }
@@ -73,7 +79,8 @@ void Head::multiply(int n, int tile_begin, int tile_end, float* scratch, float* 
     if (quantized_) {
       const int64_t ld = blocks + kRowSkew;
       a.xq = {blocks_ + row * ld, ld, group_sum_ ? group_sum_ + row * w_.groups() : nullptr,
-              in_tiles(n) ? tiles_ + row / 16 * blocks : nullptr};
+              in_tiles(n) ? tiles_ + row / 16 * blocks : nullptr,
+              in_tiles(n) && tile_sum_ ? tile_sum_ + row * w_.groups() : nullptr};
     }
     kernels_.matmul(a, 0, tile_end - tile_begin);
     for (int m = 0; m < count; m++) {

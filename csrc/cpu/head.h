@@ -38,6 +38,7 @@ class Head {
   XBlock* blocks_ = nullptr;    // [max_rows * digits][ld]
   XTile* tiles_ = nullptr;      // the same for a tile unit
   float* group_sum_ = nullptr;  // [max_rows * digits][groups]; for formats with an offset
+  float* tile_sum_ = nullptr;   // [a few rows / 16][groups][16]; the same where a tile unit takes such a format
   float* scratch_ = nullptr;    // per thread [kRows * digits][rows of a task]
   float* left_ = nullptr;       // per thread [dim]: what a row's digits have still to express
 };

@@ -46,6 +46,7 @@ struct QuantX {
   int64_t ld;              // at least Kp/32, plus what keeps rows out of each other's sets of the first-level cache
   const float* group_sum;  // [M][groups]: sums of q*scale over the weight's groups; only for formats with an offset
   const XTile* tiles;      // [ceil(M/16)][Kp/32], or XPair [ceil(Kp/64)] from there; at a multiple of 64 bytes, or null
+  const float* tile_sum;   // [ceil(M/16)][groups][16]: group_sum for whoever takes tiles, or null
 };
 
 // The part of a Weight that kernels read, as plain data.
@@ -141,12 +142,13 @@ struct Kernels {
   // *sink.
   double (*dot_peak)(int rounds, int32_t* sink);
   VocabKernels vocab;
-  int tile_tok = 0;  // from so many tokens on matmul() wants QuantX::tiles; 0: never
+  int tile_tok = 0;                                   // from so many tokens on matmul() wants QuantX::tiles; 0: never
+  int tile_offset_tok = 0, most_tile_offset_tok = 0;  // with an offset from so many on, and up to so many
 };
 
 // What a tile unit has instead of another instruction set's functions. Few tokens and dense weights it hands on.
 struct TileKernels {
-  int tile_tok, strip_tiles;
+  int tile_tok, tile_offset_tok, most_tile_offset_tok, strip_tiles;  // as in Kernels
   void (*matmul)(const MatmulArgs& a, int tile_begin, int tile_end);
   double (*dot_peak)(int rounds, int32_t* sink);
 };

@@ -1,8 +1,8 @@
 // Products of many tokens on a tile unit (AMX, Sapphire Rapids and later). A tile instruction multiplies sixteen tokens
 // by sixteen rows over 32 columns; the vector unit scales what it gave, sum by sum as everywhere (docs/KERNELS.md), so
 // the bits are those of every other instruction set. Here are products of many tokens; those of few, which wait for
-// weights, are in kernels_amx_few.inc. The fewest, dense weights, formats with an offset, where a third fma leaves
-// little to gain, and all that is not a product are the kernels of AVX-512.
+// weights, are in kernels_amx_few.inc. The fewest, dense weights, many tokens of a format with an offset, where a third
+// fma leaves little to gain, and all that is not a product are the kernels of AVX-512.
 #include "kernels.h"
 
 #include <cstring>
@@ -30,8 +30,10 @@ extern const TileKernels kKernels_amx;
 
 namespace {
 
-constexpr int kFewTok = 7;    // tokens from which on tiles are worth it, also of a remainder
-constexpr int kManyTok = 32;  // tokens from which on a panel of them is
+constexpr int kFewTok = 7;                          // tokens from which on tiles are worth it, also of a remainder
+constexpr int kOffsetTok = 9, kMostOffsetTok = 31;  // for a format with an offset, and up to how many they are
+// Tokens from which on a panel of them is: later where there is nothing to decode.
+int many_tok(Format format) { return format == Format::q8 ? 48 : 32; }
 
 // Tiles 0-3: dot products; 4, 5: tokens × columns; 6, 7: columns × 16 rows.
 void configure_tiles(int x_rows, int x_bytes, int w_rows) {
@@ -212,7 +214,7 @@ void many_tokens(const MatmulArgs& a, int tile_begin, int tile_end, int done) {
 void matmul(const MatmulArgs& a, int tile_begin, int tile_end) {
   int done = 0;
   if (a.xq.tiles) {
-    if (a.M >= kManyTok) {
+    if (a.M >= many_tok(a.w.format)) {
       done = in_pairs(a.M % 16) ? a.M / 16 * 16 : a.M;
       many_tokens(a, tile_begin, tile_end, done);
     }
@@ -250,6 +252,6 @@ double dot_peak(int rounds, int32_t* sink) {
 
 namespace pyllama {
 namespace cpu {
-const TileKernels kKernels_amx = {kFewTok, kStripTiles, matmul, dot_peak};
+const TileKernels kKernels_amx = {kFewTok, kOffsetTok, kMostOffsetTok, kStripTiles, matmul, dot_peak};
 }  // namespace cpu
 }  // namespace pyllama
