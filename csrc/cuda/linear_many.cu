@@ -1,4 +1,4 @@
-// The kernels of linear_many.cuh, for all formats and three shapes of a block, and which of these a product takes.
+// The kernels of linear_many.cuh, for all formats and shapes of a block, and which of these a product takes.
 // Promises for scripts/check_cuda.py are of the large blocks: Codes 0 … 4 are q4 (q4a), q4nl, q8, f16, f32; Offset 0 …
 // 2 none, minimums, zero points; Lb1 is groups of 32.
 //
@@ -15,6 +15,7 @@
 // loop: WeightKindILNS0_5CodesE2ELNS0_6OffsetE0ELb0EEELi8 4.8 per mma, 64 mma
 // loop: WeightKindILNS0_5CodesE2ELNS0_6OffsetE0ELb1EEELi8 5.8 per mma, 64 mma
 // loop: WeightKindILNS0_5CodesE3ELNS0_6OffsetE0ELb0EEELi8 2.7 per mma, 64 mma
+// loop: WeightKindILNS0_5CodesE3ELNS0_6OffsetE0ELb0EEELi16 2.5 per mma, 128 mma
 // loop: WeightKindILNS0_5CodesE4ELNS0_6OffsetE0ELb0EEELi8 2.7 per mma, 64 mma
 #include "cuda/linear_many.h"
 
@@ -44,15 +45,23 @@ void launch_shape(Stream& stream, const ManyArgs& args) {
   launch(stream, linear_many_kernel<Kind>, args, grid, Kind::kThreads, Kind::kSharedBytes, Start::kEarly);
 }
 
+template <class Kind>
+bool fills(const ManyArgs& args, int multiprocessors) {
+  const Dim3 grid = grid_of(args.w, args.n_tokens, Kind::kWarps * Kind::kTiles, Kind::kPanels);
+  return args.n_tokens > Kind::kPanels / 2 * kPanelTokens && int64_t{grid.x} * grid.y >= multiprocessors;
+}
+
 // Large blocks read least; but few tokens do not fill them, and few rows do not make enough of them.
 template <class Weights>
 void launch_weights(Stream& stream, const ManyArgs& args, int multiprocessors) {
-  using Large = ManyKind<Weights, 8>;
   if (args.n_tokens <= 2 * kPanelTokens) return launch_shape<ManyKind<Weights, 2>>(stream, args);
-  const Dim3 large = grid_of(args.w, args.n_tokens, Large::kWarps * Large::kTiles, Large::kPanels);
-  const bool enough = int64_t{large.x} * large.y >= multiprocessors;
-  if (args.n_tokens <= 4 * kPanelTokens || !enough) return launch_shape<ManyKind<Weights, 4>>(stream, args);
-  launch_shape<Large>(stream, args);
+  if constexpr (Weights::kCodes == Codes::half) {
+    using Largest = ManyKind<Weights, 16>;
+    if (fills<Largest>(args, multiprocessors)) return launch_shape<Largest>(stream, args);
+  }
+  using Large = ManyKind<Weights, 8>;
+  if (fills<Large>(args, multiprocessors)) return launch_shape<Large>(stream, args);
+  launch_shape<ManyKind<Weights, 4>>(stream, args);
 }
 
 template <Codes codes, Offset offset>

@@ -25,18 +25,19 @@ constexpr bool kFewRegisters = true;
 constexpr bool kFewRegisters = false;
 #endif
 
-// The shape of a block: 8 panels: 128 rows × 64 tokens; 4: 64 × 32; 2: 32 × 16 (f32 has half the rows of the first).
+// The shape of a block: 16 panels: 128 rows × 128 tokens (f16, whose codes are what most is read of); 8: 128 × 64; 4:
+// 64 × 32; 2: 32 × 16. f32 has half the rows of 8.
 template <class Weights, int panels>
 struct ManyKind : Weights {
   static constexpr int kPanels = panels;
   static constexpr int kWarps = panels == 2 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kTiles = panels == 8 && Weights::kCodes != Codes::half_pair ? 2 : 1;  // of a warp
+  static constexpr int kTiles = panels >= 8 && Weights::kCodes != Codes::half_pair ? 2 : 1;  // of a warp
   // Chunks of a stage; as many a warp has on their way in registers. Few tokens take long to read weights for.
-  static constexpr int kStep = panels == 8 ? 1 : panels == 4 ? (Weights::kLoads > 2 ? 1 : 2) : 8 / Weights::kLoads;
+  static constexpr int kStep = panels >= 8 ? 1 : panels == 4 ? (Weights::kLoads > 2 ? 1 : 2) : 8 / Weights::kLoads;
   // Blocks that a multiprocessor has registers for, 168 or 255 a thread.
-  static constexpr int kBlocks = panels == 2 ? 6 : Weights::kGroup32 || kFewRegisters ? 2 : 3;
-  static constexpr int kStages = kStep > 2 ? 2 : 3;
+  static constexpr int kBlocks = panels == 2 ? 6 : Weights::kGroup32 || panels == 16 || kFewRegisters ? 2 : 3;
+  static constexpr int kStages = kStep > 2 || panels == 16 ? 2 : 3;
 
   static constexpr int kChunkBytes = kPanelTokens * kChunkColumns * 2;  // of a panel
   static constexpr int kSumsBytes = Weights::kOffset == Offset::minimum ? kPanelTokens * 16 : 0;

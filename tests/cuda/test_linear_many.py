@@ -1,8 +1,8 @@
 """y = x W^T for more than 8 tokens on the emulated device, against float64: all formats, odd shapes, all shapes of a
 block, all thread orders. And its promises: a token's bits depend on its input alone, NaN stays with its token.
 
-On one multiprocessor more than 16 tokens go to the largest blocks (128 rows × 64 tokens), on many to smaller ones
-(64 × 32); up to 16 tokens to the smallest.
+On one multiprocessor more than 32 tokens go to large blocks (128 rows × 64 tokens; f16 from 65 on: 128 × 128), on many
+to smaller ones (64 × 32); up to 16 tokens go to the smallest.
 """
 
 from __future__ import annotations
@@ -61,6 +61,15 @@ def test_all_thread_orders(emulated: Emulated, case: dict[str, object], n_tokens
     check_product([weight], x, y)
 
 
+@pytest.mark.parametrize("n_tokens", [65, 130])
+def test_the_largest_blocks(emulated: Emulated, n_tokens: int) -> None:
+    weight = random_weight((30, 250), seed=14, format="bf16")
+    x = activations(n_tokens, 250, seed=12)
+    y = emulated.in_all_orders(lambda: product(emulated, [weight], x, multiprocessors=LARGE_BLOCKS))
+    check_product([weight], x, y)
+    assert (product(emulated, [weight], x, multiprocessors=SMALL_BLOCKS) == y).all()
+
+
 @pytest.mark.parametrize("case", [*CASES[:9:4], CASES[9], CASES[10], *CASES[-3:]], ids=case_name)
 def test_a_token_has_the_same_bits(emulated: Emulated, case: dict[str, object]) -> None:
     """Whatever the other tokens, however many, in blocks of whatever shape, in whatever place."""
@@ -94,7 +103,7 @@ def test_input_order(emulated: Emulated) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[-1]], ids=case_name)
-@pytest.mark.parametrize(("n_tokens", "processors"), [(12, 1), (20, LARGE_BLOCKS), (20, SMALL_BLOCKS)])
+@pytest.mark.parametrize(("n_tokens", "processors"), [(12, 1), (34, LARGE_BLOCKS), (20, SMALL_BLOCKS)])
 def test_swiglu(emulated: Emulated, case: dict[str, object], n_tokens: int, processors: int) -> None:
     gate, up = (random_weight((24, 160), seed=s, **case) for s in (8, 9))
     x = activations(n_tokens, 160, seed=9) / 100
