@@ -63,7 +63,7 @@ PyWeight make_py_weight(const std::string& name, const std::string& format, cons
                                ": data must be a contiguous buffer of bytes");
   PyWeight made;
   made.weight = make_weight(spec, static_cast<const uint8_t*>(buffer->buf), buffer->len);
-  made.shape = shape;
+  made.spec = std::move(spec);
   made.owner = view;
   return made;
 }
@@ -75,7 +75,12 @@ void bind_weight(py::module_& m) {
            py::arg("codebook") = std::vector<int>{}, py::arg("input_order") = false)
       .def_property_readonly("name", [](const PyWeight& w) { return w.weight.name; })
       .def_property_readonly("format", [](const PyWeight& w) { return std::string(info(w.weight.format).name); })
-      .def_property_readonly("shape", [](const PyWeight& w) { return py::tuple(py::cast(w.shape)); })
+      .def_property_readonly("shape", [](const PyWeight& w) { return py::tuple(py::cast(w.spec.shape)); })
+      .def_property_readonly("group", [](const PyWeight& w) { return w.spec.group; })
+      .def_property_readonly("scale", [](const PyWeight& w) { return w.spec.scale; })
+      .def_property_readonly("offset", [](const PyWeight& w) { return w.spec.offset; })
+      .def_property_readonly("codebook", [](const PyWeight& w) { return py::tuple(py::cast(w.spec.codebook)); })
+      .def_property_readonly("input_order", [](const PyWeight& w) { return w.spec.input_order; })
       .def_property_readonly("nbytes", [](const PyWeight& w) { return w.weight.payload_bytes; })
       .def("__repr__", [](const PyWeight& w) {
         return message("<Weight ", w.weight.name, " ", info(w.weight.format).name, " ", w.weight.payload_bytes,

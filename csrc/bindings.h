@@ -17,7 +17,7 @@ namespace pyllama {
 // A Weight over a Python buffer, which it keeps alive. Exposed as pyllama._C.Weight.
 struct PyWeight {
   Weight weight;
-  std::vector<int64_t> shape;
+  WeightSpec spec;
   pybind11::object owner;  // whatever exported the buffer
 };
 

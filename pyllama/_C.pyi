@@ -18,6 +18,11 @@ class Weight:
     name: str
     format: str
     shape: tuple[int, ...]
+    group: int
+    scale: str
+    offset: str
+    codebook: tuple[int, ...]
+    input_order: bool
     nbytes: int
 
 class Sampler:

@@ -1,17 +1,37 @@
-"""What CUDA can do here, in words: for `device="cuda"` and for `pyllama doctor`.
+"""What CUDA can do here, in words, and which device is meant: for `LLM(device=…)`, `pyllama plan` and `pyllama doctor`.
 
-Opens the CUDA library (csrc/cuda_library.h) when called and never at import. Chooses no device and runs nothing on one.
+Opens the CUDA library (csrc/cuda_library.h) when called and never at import. Runs no model.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .common.errors import DeviceError
 from .native import load_native
+from .sizes import unsupported_on_device
 
+_PROBE_BYTES = 1 << 20
 CANNOT_RUN = "this version of pyllama cannot run models on CUDA yet"
+
+
+@dataclass(frozen=True)
+class CudaDevice:
+    """One device. `emulated`: none at all, but the CPU running CUDA kernels, for tests."""
+
+    index: int
+    name: str
+    free_bytes: int
+    memory_bytes: int
+    emulated: bool = False
+
+    @property
+    def label(self) -> str:
+        """As `device=` names it."""
+        return f"cuda:{self.index}"
 
 
 @dataclass(frozen=True)
@@ -23,11 +43,64 @@ class CudaReport:
     trouble: str | None
 
 
-def require_cuda() -> None:
-    """Raises DeviceError with every reason for which models cannot run on CUDA here; today there is always one."""
-    trouble = examine_cuda().trouble
-    reasons = [trouble, f"besides, {CANNOT_RUN}"] if trouble else [CANNOT_RUN]
-    raise DeviceError(f'device="cuda": {"; ".join(reasons)}; use device="cpu" or "auto"')
+def check_device(device: str) -> None:
+    """Raises ValueError unless it is "auto", "cpu", "cuda" or "cuda:N"."""
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
+        raise ValueError(f'device={device!r}: expected "auto", "cpu", "cuda" or "cuda:N"')
+
+
+def choose_device(device: str, config: Mapping[str, Any] | None = None) -> tuple[CudaDevice | None, str | None]:
+    """The device that is meant, None for the CPU; and why "auto" means the CPU.
+
+    "auto": the first CUDA device, where there is one that runs kernels and this model; never an emulated one. Raises
+    DeviceError with the reasons where CUDA is asked for and cannot be had.
+    """
+    check_device(device)
+    if device == "cpu":
+        return None, None
+    try:
+        found = find_device(int(device.partition(":")[2] or 0))
+        trouble = unsupported_on_device(config) if config is not None else None
+        if trouble is not None:
+            raise DeviceError(trouble)
+        if device == "auto" and found.emulated:
+            raise DeviceError("PYLLAMA_CUDA_LIBRARY names the emulation, which is for tests")
+        return found, None
+    except DeviceError as error:
+        if device == "auto":
+            return None, f"no CUDA: {error}"
+        raise DeviceError(f'device="{device}": {error}; use device="cpu" or "auto"') from None
+
+
+def find_device(index: int) -> CudaDevice:
+    """A device that runs models. Raises DeviceError with every reason where there is none of this number."""
+    can_run = hasattr(load_native().Model, "backend")
+    try:
+        found = _find_device(index)
+    except DeviceError as error:
+        raise error if can_run else DeviceError(f"{error}; besides, {CANNOT_RUN}") from None
+    if not can_run:
+        raise DeviceError(CANNOT_RUN)
+    return found
+
+
+def _find_device(index: int) -> CudaDevice:
+    native = load_native().cuda
+    path = native.library_path()
+    emulated = bool(native.build(path)["emulated"])
+    devices = native.devices(path)
+    if index >= len(devices):
+        numbers = "only cuda:0" if len(devices) == 1 else f"cuda:0 to cuda:{len(devices) - 1}"
+        raise DeviceError(f"there is no device {index}, {numbers}; see `pyllama doctor`")
+    native.read_bandwidth(path, index, _PROBE_BYTES, 1)  # a kernel that is checked: the library has code for the device
+    record = devices[index]
+    return CudaDevice(index, record["name"], record["free_bytes"], record["memory_bytes"], emulated)
+
+
+def free_bytes(index: int) -> int:
+    """Free memory of a device, now."""
+    native = load_native().cuda
+    return int(native.devices(native.library_path())[index]["free_bytes"])
 
 
 def examine_cuda() -> CudaReport:

@@ -30,6 +30,7 @@ _PRIOR_CHANCE, _PRIOR_WEIGHT = 0.6, 2.0
 _SECOND_CHANCE = 0.5  # after a rest, and one try decides
 _MEMORY_TOK = 24.0
 _FIRST_REST, _LONGEST_REST = 16, 256  # steps without a guess after guesses were not worth their price
+_DEVICE_SPEED = 20.0  # a CUDA device reads its memory about so many times as fast as a CPU
 _MOST_CONTEXTS = 4  # of keys and values, for running requests and finished ones together
 
 
@@ -55,15 +56,31 @@ class _Job:
     draft: list[int] = field(default_factory=list)
 
 
-def open_drafter(draft: OpenedModel, target: OpenedModel, n_ctx: int, threads: int, cache_tok: int) -> DraftModel:
+def open_drafter(
+    draft: OpenedModel,
+    target: OpenedModel,
+    n_ctx: int,
+    threads: int,
+    cache_tok: int,
+    *,
+    device: str = "",
+    device_share: float = 0.0,
+) -> DraftModel:
     """The draft model, ready to guess for `target` in contexts of `n_ctx` tokens. `cache_tok`: of the prefix cache.
 
-    Raises ValueError when the two do not have the same vocabulary.
+    `device`: where all of it runs, "" for the CPU. `device_share`: of the target's layers on a CUDA device. Raises
+    ValueError when the two do not have the same vocabulary.
     """
     _check_vocabulary(draft, target)
     n_ctx = min(n_ctx, int(draft.config["max_seq_len"]))
-    model = load_native().Model(draft.native_config(n_ctx), draft.weights, threads=threads)
-    return DraftModel(model, n_ctx, draft.step_bytes / target.step_bytes, row_costs(target.step_bytes), cache_tok)
+    model = load_native().Model(draft.native_config(n_ctx), draft.weights, threads=threads, device=device)
+    time = _time(draft.step_bytes, 1.0 if device else 0.0) / _time(target.step_bytes, device_share)
+    return DraftModel(model, n_ctx, time, row_costs(target.step_bytes, device_share), cache_tok)
+
+
+def _time(step_bytes: int, device_share: float) -> float:
+    """Of a step of one row, in bytes that the CPU reads meanwhile."""
+    return step_bytes * (1 - device_share + device_share / _DEVICE_SPEED)
 
 
 def _check_vocabulary(draft: OpenedModel, target: OpenedModel) -> None:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .common.errors import ContextLengthError, PyllamaError
-from .cuda import require_cuda
+from .cuda import choose_device
 from .draft_model import open_drafter
 from .native import load_native
 from .open import OpenedModel, open_model
 from .outputs import Piece, RequestOutput
+from .placement import Placement, check_placement
 from .prefix_cache import default_cache_tok
 from .reply import Reply
 from .sampling import SamplingParams, build_params
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from os import PathLike
     from types import TracebackType
 
+    from .plan import Plan
+
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
 
@@ -37,11 +40,16 @@ class LLM:
     """A LLaMA model, ready to run.
 
     `path`: a model folder, a foreign checkpoint (GGUF file, Hugging Face folder: converted once into the cache), or
-    "demo". `device`: "auto" or "cpu". `n_ctx`: tokens of prompt and reply together, by default all that the model was
+    "demo". `n_ctx`: tokens of prompt and reply together, by default all that the model was
     made for. `threads`: by default one per physical core that this process may use. `mmap=False` reads the weights
     instead of mapping them (a mapped file must not shrink while it is used). `format`: what a foreign checkpoint is
     converted to. `kv_dtype`: what keys and values are kept in, "f16", or "q8" for about half the memory
     at a small loss of precision.
+
+    `device`: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is a device that works, else the CPU; the attribute
+    `device` then says which. `gpu_layers`: the last so many layers run on the CUDA device, with the head, the others on
+    the CPU; "auto" is as many as fit with a context of `n_ctx` tokens (`plan()` has the sum), "all" all or an error
+    that says what would fit. On the CPU it must be "auto" or 0. `threads` and `isa` are those of the CPU's layers.
 
     `speculative="lookup"` guesses tokens from earlier places of the same text, `draft` (another path) names a smaller
     model with the same vocabulary that guesses; either way several guesses are verified per step: the same replies to
@@ -70,17 +78,20 @@ class LLM:
         speculative: str | None = None,
         draft: str | PathLike[str] | None = None,
         kv_dtype: str = "f16",
+        gpu_layers: str | int = "auto",
     ) -> None:
-        _check_device(device)
+        check_placement(device, gpu_layers)
         _check_speculative(speculative, draft)
         _check_kv_dtype(kv_dtype)
         _check_count("n_ctx", n_ctx)
         _check_count("threads", threads)
         cache = _cache_tok(enable_prefix_caching, prefix_cache_tokens)
         load_native()
+        if device.startswith("cuda"):
+            choose_device(device)  # an error before anything is read or converted
         opened = open_model(path, mmap=mmap, format=format)
         guide = open_model(draft, mmap=mmap) if draft is not None else None
-        self._start(opened, n_ctx, threads, cache, speculative, guide, kv_dtype=kv_dtype)
+        self._start(opened, n_ctx, threads, cache, speculative, guide, device, gpu_layers, kv_dtype=kv_dtype)
 
     @classmethod
     def _from_opened(
@@ -91,11 +102,13 @@ class LLM:
         cache_tok: int | None = None,
         speculative: str | None = None,
         draft: OpenedModel | None = None,
+        device: str = "cpu",
+        gpu_layers: str | int = "auto",
         **options: Any,
     ) -> LLM:
         """For tests: a model that lies in memory. `cache_tok` 0: no prefix cache. `options` go to `_C.Model`."""
         llm = cls.__new__(cls)
-        llm._start(opened, n_ctx, threads, cache_tok, speculative, draft, **options)
+        llm._start(opened, n_ctx, threads, cache_tok, speculative, draft, device, gpu_layers, **options)
         return llm
 
     def _start(
@@ -106,6 +119,8 @@ class LLM:
         cache_tok: int | None,
         speculative: str | None,
         draft: OpenedModel | None,
+        device: str,
+        gpu_layers: str | int,
         **options: Any,
     ) -> None:
         longest = int(opened.config["max_seq_len"])
@@ -115,18 +130,32 @@ class LLM:
         self.config = opened.config
         self.path = opened.path
         self.tokenizer = opened.tokenizer
-        self.device = "cpu"
         self._chat_template = opened.chat_template
         self._generation_config = opened.generation_config
+        placement = Placement(opened, self.n_ctx, options.get("kv_dtype", "f16"), device, gpu_layers)
+        self._placement = placement
+        self.device = placement.device
+        self.gpu_layers = placement.gpu_layers
         self._model = load_native().Model(
-            opened.native_config(self.n_ctx), opened.weights, threads=threads or 0, **options
+            opened.native_config(self.n_ctx), opened.weights, threads=threads or 0, **placement.options, **options
         )
         self.threads = int(self._model.threads)
         self.isa = str(self._model.isa)
-        cache_tok = default_cache_tok(self._model, self.n_ctx) if cache_tok is None else cache_tok
-        drafter: Drafter | None = LookupDrafter(row_costs(opened.step_bytes)) if speculative == "lookup" else None
+        if cache_tok is None:
+            cache_tok = default_cache_tok(self._model, self.n_ctx, placement.rooms())
+        drafter: Drafter | None = None
+        if speculative == "lookup":
+            drafter = LookupDrafter(row_costs(opened.step_bytes, placement.device_share))
         if draft is not None:
-            drafter = open_drafter(draft, opened, self.n_ctx, self.threads, cache_tok)
+            drafter = open_drafter(
+                draft,
+                opened,
+                self.n_ctx,
+                self.threads,
+                cache_tok,
+                device=placement.device_for_draft(draft),
+                device_share=placement.device_share,
+            )
         self._scheduler = Scheduler(self._model, cache_tok=cache_tok, drafter=drafter)
         self._sessions: WeakSet[Session] = WeakSet()
         self._end_ids = frozenset(opened.end_ids)
@@ -212,6 +241,18 @@ class LLM:
 
     # -------------------------------------------------------------------------------- numbers
 
+    def plan(self) -> Plan:
+        """What the model takes of memory and where: layers, cache and buffers, on the device and on the CPU.
+
+        What was free is as of before it was loaded. For a model that is not opened: `pyllama plan`.
+        """
+        return self._placement.plan
+
+    @property
+    def runs_on(self) -> str:
+        """What computes, for people: "2 threads · avx2", or the CUDA device, or both with their shares."""
+        return self._placement.describe(self.threads, self.isa)
+
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """The model's logits after each token of a text: float32 [len(token_ids), vocab_size]."""
         prompt = self._prompt_ids(token_ids)
@@ -250,7 +291,7 @@ class LLM:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"device={self.device!r}, threads={self.threads}, n_ctx={self.n_ctx}"
+        state = "closed" if self._closed else f"{self.runs_on}, n_ctx={self.n_ctx}"
         return f"LLM({str(self.path)!r}, {state})"
 
     # -------------------------------------------------------------------------------- from calls to requests
@@ -397,13 +438,6 @@ class Session:
 
 
 # -------------------------------------------------------------------------------- checks of arguments
-
-
-def _check_device(device: str) -> None:
-    if device == "cuda":
-        require_cuda()
-    if device not in ("auto", "cpu"):
-        raise ValueError(f'device={device!r}: expected "auto", "cpu" or "cuda"')
 
 
 def _check_speculative(speculative: str | None, draft: str | PathLike[str] | None) -> None:

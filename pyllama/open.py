@@ -61,6 +61,11 @@ class OpenedModel:
         """Bytes of weights that a step reads."""
         return sum(weight.nbytes for weight in self.step_weights)
 
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """What each of the weights is."""
+        return [spec_of(weight) for weight in self.weights.values()]
+
     def native_config(self, n_ctx: int) -> dict[str, Any]:
         """The config in the engine's words, for contexts of at most `n_ctx` tokens."""
         frequencies, factor = inv_freq(self.config)
@@ -152,6 +157,20 @@ def native_weight(spec: Any, payload: Any) -> Any:
         offset=spec.offset,
         codebook=list(spec.codebook),
         input_order=spec.input_order,
+    )
+
+
+def spec_of(weight: Any) -> TensorSpec:
+    """What a `_C.Weight` is."""
+    return TensorSpec(
+        weight.name,
+        weight.format,
+        weight.shape,
+        group=weight.group,
+        scale=weight.scale,
+        offset=weight.offset,
+        codebook=weight.codebook,
+        input_order=weight.input_order,
     )
 
 

@@ -35,12 +35,15 @@ def common_prefix(tokens: Sequence[int] | NDArray[np.int32], prompt: NDArray[np.
     return n
 
 
-def default_cache_tok(model: Any, n_ctx: int) -> int:
-    """How much to keep if nobody says: a full context, in at most a quarter of the memory that is free now."""
+def default_cache_tok(model: Any, n_ctx: int, rooms: Sequence[tuple[int | None, int]] | None = None) -> int:
+    """How much to keep if nobody says: a full context, in at most a quarter of the memory that is free now.
+
+    `rooms`: for each memory that has a part of every page what is free there, and the part's bytes; the CPU's if None.
+    """
     n_pages = -(-n_ctx // model.PAGE_TOK)
-    free = available_bytes()
-    if free is not None:
-        n_pages = min(n_pages, free // 4 // model.page_bytes)
+    for free, page_bytes in [(available_bytes(), model.page_bytes)] if rooms is None else rooms:
+        if free is not None:
+            n_pages = min(n_pages, free // 4 // page_bytes)
     return int(n_pages * model.PAGE_TOK)
 
 

@@ -133,7 +133,7 @@ def _ask_once(conversation: Conversation, screen: Screen, prompt: str) -> int:
 def talk(conversation: Conversation, screen: Screen) -> int:
     """The loop of questions, commands and answers, until the input ends."""
     llm = conversation.llm
-    screen.note(f"{llm.path.name} · {llm.threads} threads · {llm.isa} · context {llm.n_ctx} · /help for help")
+    screen.note(f"{llm.path.name} · {llm.runs_on} · context {llm.n_ctx} · /help for help")
     while True:
         try:
             line = screen.read()

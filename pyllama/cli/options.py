@@ -32,13 +32,44 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="default: one per physical core allowed")
     parser.add_argument("--n-ctx", type=positive, metavar="N", help="tokens of prompt and reply together")
     parser.add_argument("--no-mmap", action="store_true", help="read the weights instead of mapping the file")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_placement(parser)
     add_kv_dtype(parser)
     guessing = parser.add_mutually_exclusive_group()
     guessing.add_argument(
         "--speculative", choices=("lookup",), help="guess what repeats the text so far: same replies, often faster"
     )
     guessing.add_argument("--draft", metavar="MODEL", help="a small model with the same vocabulary that guesses ahead")
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """Where the model runs."""
+    parser.add_argument(
+        "--device", type=device, default="auto", metavar="NAME", help="auto (CUDA where it works), cpu, cuda or cuda:N"
+    )
+    parser.add_argument(
+        "--gpu-layers",
+        type=gpu_layers,
+        default="auto",
+        metavar="N",
+        help="layers on the CUDA device: auto (as many as fit), all, or the last N; the others run on the CPU",
+    )
+
+
+def device(text: str) -> str:
+    """The name of a device, or argparse's error."""
+    if text not in ("auto", "cpu"):
+        from ..cuda import check_device
+
+        try:
+            check_device(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected auto, cpu, cuda or cuda:N") from None
+    return text
+
+
+def gpu_layers(text: str) -> str | int:
+    """auto, all, or a number of layers."""
+    return text if text in ("auto", "all") else integer(text, 0)
 
 
 def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
@@ -103,4 +134,5 @@ def open_llm(arguments: argparse.Namespace) -> LLM:
         speculative=arguments.speculative,
         draft=arguments.draft,
         kv_dtype=arguments.kv_dtype,
+        gpu_layers=arguments.gpu_layers,
     )
