@@ -14,8 +14,8 @@ from .common.errors import DeviceError
 from .native import load_native
 from .sizes import unsupported_on_device
 
-_PROBE_BYTES = 1 << 20
-CANNOT_RUN = "this version of pyllama cannot run models on CUDA yet"
+_PROBE_BYTES = 1 << 16
+_MEASURED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,20 @@ class CudaDevice:
 
 
 @dataclass(frozen=True)
+class DeviceLine:
+    """A device in words; `trouble`: why it runs no kernels, or None."""
+
+    text: str
+    trouble: str | None
+
+
+@dataclass(frozen=True)
 class CudaReport:
-    """`library`: how it was built, None if it cannot be opened; `devices`: a line each; `trouble`: why not, or None."""
+    """`library`: how it was built, None if it cannot be opened; `trouble`: why there are no devices, or None."""
 
     library: str | None
-    devices: list[str]
+    emulated: bool
+    devices: list[DeviceLine]
     trouble: str | None
 
 
@@ -73,18 +82,7 @@ def choose_device(device: str, config: Mapping[str, Any] | None = None) -> tuple
 
 
 def find_device(index: int) -> CudaDevice:
-    """A device that runs models. Raises DeviceError with every reason where there is none of this number."""
-    can_run = hasattr(load_native().Model, "backend")
-    try:
-        found = _find_device(index)
-    except DeviceError as error:
-        raise error if can_run else DeviceError(f"{error}; besides, {CANNOT_RUN}") from None
-    if not can_run:
-        raise DeviceError(CANNOT_RUN)
-    return found
-
-
-def _find_device(index: int) -> CudaDevice:
+    """A device that runs a kernel. Raises DeviceError with the reason where there is none of this number."""
     native = load_native().cuda
     path = native.library_path()
     emulated = bool(native.build(path)["emulated"])
@@ -103,20 +101,37 @@ def free_bytes(index: int) -> int:
     return int(native.devices(native.library_path())[index]["free_bytes"])
 
 
-def examine_cuda() -> CudaReport:
-    """Opens the library and asks it for everything; what fails becomes `trouble`."""
+def measure_bandwidth(device: CudaDevice) -> float:
+    """GB/s of a streaming read of a device's memory."""
     native = load_native().cuda
-    library = None
+    n_bytes = _PROBE_BYTES if device.emulated else min(_MEASURED_BYTES, device.free_bytes // 2) // 16 * 16
+    return float(native.read_bandwidth(native.library_path(), device.index, n_bytes))
+
+
+def examine_cuda() -> CudaReport:
+    """Opens the library, asks it for everything and runs a kernel on every device; what fails becomes `trouble`."""
+    native = load_native().cuda
+    library, emulated = None, False
     try:
         path = native.library_path()
         build = native.build(path)
-        made_by = "emulated on the CPU" if build["emulated"] else f"toolkit {version_text(build['toolkit'])}"
+        emulated = bool(build["emulated"])
+        made_by = "emulated on the CPU" if emulated else f"toolkit {version_text(build['toolkit'])}"
         library = f"{made_by}, code for {build['architectures']}"
         devices = native.devices(path)
-        library += "" if build["emulated"] else f"; the driver runs CUDA {version_text(native.driver(path))}"
-        return CudaReport(library, [_device_text(device) for device in devices], None)
+        library += "" if emulated else f"; the driver runs CUDA {version_text(native.driver(path))}"
+        lines = [DeviceLine(_device_text(device), _trouble(path, i)) for i, device in enumerate(devices)]
+        return CudaReport(library, emulated, lines, None)
     except DeviceError as error:
-        return CudaReport(library, [], str(error))
+        return CudaReport(library, emulated, [], str(error))
+
+
+def _trouble(path: str, index: int) -> str | None:
+    try:
+        load_native().cuda.read_bandwidth(path, index, _PROBE_BYTES, 1)
+    except DeviceError as error:
+        return str(error)
+    return None
 
 
 def version_text(version: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .common.errors import PyllamaError
-from .cuda import CANNOT_RUN, examine_cuda
+from .cuda import examine_cuda
 from .demo import demo_source
 from .memory import available_bytes
 from .native import load_native
@@ -124,8 +124,17 @@ def _cuda() -> list[Finding]:
     if report.trouble is not None:
         built = "" if report.library is None else f"{report.library}; "
         return [Finding("cuda", "missing", f"{built}{report.trouble}; everything runs on the CPU")]
-    devices = [Finding(f"cuda device {i}", "ok", text) for i, text in enumerate(report.devices)]
-    return [Finding("cuda", "missing", f"{report.library}; {CANNOT_RUN}, everything runs on the CPU"), *devices]
+    if report.emulated:
+        use = 'for tests: only device="cuda" takes it'
+    else:
+        use = 'device="auto" takes device 0' if report.devices[0].trouble is None else "device 0 does not work"
+    findings = [Finding("cuda", "ok", f"{report.library}; {use}")]
+    for i, device in enumerate(report.devices):
+        state: Literal["ok", "missing"] = "ok" if device.trouble is None else "missing"
+        findings.append(
+            Finding(f"cuda device {i}", state, device.text + (f"; {device.trouble}" if device.trouble else ""))
+        )
+    return findings
 
 
 def _cpu_name() -> str:

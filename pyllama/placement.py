@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from . import sizes
-from .cuda import CudaDevice, check_device, choose_device, free_bytes
+from .cuda import CudaDevice, check_device, choose_device, free_bytes, measure_bandwidth
 from .memory import available_bytes
 from .plan import GpuLayers, Plan, Planner, check_gpu_layers, make_plan
 
@@ -69,6 +69,11 @@ class Placement:
         return self.gpu_layers / self.n_layers
 
     @property
+    def backend(self) -> str:
+        """CPU, CUDA or CPU+CUDA."""
+        return "CPU" if not self.gpu_layers else "CUDA" if self.gpu_layers == self.n_layers else "CPU+CUDA"
+
+    @property
     def options(self) -> dict[str, Any]:
         """For `_C.Model`."""
         if not self.gpu_layers:
@@ -85,6 +90,10 @@ class Placement:
             page_bytes = self.gpu_layers * sizes.device_page_bytes(config, self._kv_dtype)
             rooms.append((free_bytes(self._cuda.index), page_bytes))
         return rooms
+
+    def read_bandwidth(self) -> float | None:
+        """GB/s of reading the device's memory, measured now; None on the CPU."""
+        return None if self._cuda is None else measure_bandwidth(self._cuda)
 
     def device_for_draft(self, draft: OpenedModel) -> str:
         """Where a draft model runs, for `_C.Model`: on the device, if all of it fits beside this model, which is there

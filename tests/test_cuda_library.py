@@ -19,7 +19,7 @@ import pytest
 
 from pyllama import LLM, DeviceError
 from pyllama.cli.main import main
-from pyllama.cuda import CANNOT_RUN, examine_cuda
+from pyllama.cuda import choose_device, examine_cuda
 from pyllama.native import load_native
 
 from .helpers_elf import needed_libraries, shown_symbols
@@ -34,6 +34,9 @@ FAKE = r"""
 #include <cstdlib>
 #ifndef KIND
 #define KIND kPyllamaCudaOk
+#endif
+#ifndef READS
+#define READS KIND
 #endif
 #ifndef VERSION
 #define VERSION kPyllamaCudaVersion
@@ -64,7 +67,7 @@ int device(int32_t index, PyllamaCudaDevice* d) {
 }
 int read_bandwidth(int32_t index, int64_t bytes, int32_t, double* seconds) {
   *seconds = bytes / 3e12;
-  return index == 0 ? KIND : kPyllamaCudaBadArgument;
+  return index == 0 ? READS : kPyllamaCudaBadArgument;
 }
 const PyllamaCudaTable table = {VERSION, SIZE, last_error, build, driver, device_count, device, read_bandwidth};
 }  // namespace
@@ -129,7 +132,6 @@ def test_a_build_without_cuda(tmp_path: Path) -> None:
 def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(monkeypatch, tmp_path / "none.so")
     assert "none.so: no such file" in why() and "PYLLAMA_CUDA_LIBRARY names it" in why()
-    assert CANNOT_RUN in why()
 
 
 def test_a_library_that_cannot_be_read(tmp_path: Path) -> None:
@@ -173,8 +175,10 @@ def test_every_reason_is_told(
 ) -> None:
     use(monkeypatch, make_fake(**definitions))
     assert words in why()
-    assert why().startswith('device="cuda": ') and CANNOT_RUN in why()
+    assert why().startswith('device="cuda": ') and why().endswith('; use device="cpu" or "auto"')
     assert words in str(examine_cuda().trouble)
+    device, note = choose_device("auto")
+    assert device is None and note is not None and words in note, "the CPU is taken, and why is known"
 
 
 def test_a_larger_table_of_a_later_library_is_taken(make_fake: Make) -> None:
@@ -200,13 +204,27 @@ def test_a_device_is_described(make_fake: Make, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="the fake's own words"):
         cuda.read_bandwidth(path, 1, 1 << 30)
     use(monkeypatch, path)
-    assert why() == f'device="cuda": {CANNOT_RUN}; use device="cpu" or "auto"'
+    for name in ("cuda", "cuda:0", "auto"):
+        chosen, note = choose_device(name)
+        assert chosen is not None and (chosen.label, chosen.name, note) == ("cuda:0", "Fake 9000", None)
+        assert (chosen.free_bytes, chosen.memory_bytes, chosen.emulated) == (79 << 30, 80 << 30, False)
+    with pytest.raises(DeviceError, match=r'device="cuda:3": there is no device 3, only cuda:0'):
+        choose_device("cuda:3")
+    config = {"head_dim": 160}
+    with pytest.raises(DeviceError, match=r'device="cuda": head_dim 160: the CUDA kernels take even ones up to 128'):
+        choose_device("cuda", config)
+    assert choose_device("auto", config) == (None, "no CUDA: head_dim 160: the CUDA kernels take even ones up to 128")
 
 
-def test_a_device_without_code_for_it(make_fake: Make) -> None:
-    path = str(make_fake(KIND="kPyllamaCudaArchitectureNotBuilt"))
+def test_a_device_without_code_for_it(make_fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(make_fake(KIND="kPyllamaCudaOk", READS="kPyllamaCudaArchitectureNotBuilt"))
     with pytest.raises(DeviceError, match=r"has code for 80\+PTX, which this device does not run.*PYLLAMA_CUDA_ARCHS"):
         load_native().cuda.read_bandwidth(path, 0, 1 << 30)
+    use(monkeypatch, path)
+    assert "which this device does not run" in why()
+    assert choose_device("auto")[0] is None
+    (line,) = examine_cuda().devices
+    assert line.text.startswith("Fake 9000") and "does not run" in str(line.trouble)
 
 
 def test_doctor_shows_it(make_fake: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,9 +234,15 @@ def test_doctor_shows_it(make_fake: Make, monkeypatch: pytest.MonkeyPatch, capsy
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (library,) = (line for line in lines if line.startswith("cuda  "))
-    assert "[missing] toolkit 13.0, code for 80+PTX; the driver runs CUDA 13.1" in library and CANNOT_RUN in library
+    assert "  toolkit 13.0, code for 80+PTX; the driver runs CUDA 13.1; " in library
+    assert library.endswith('device="auto" takes device 0')
     (device,) = (line for line in lines if line.startswith("cuda device 0"))
     assert "Fake 9000, compute capability 9.0, 132 multiprocessors, 79.0 of 80.0 GiB free" in device
+    use(monkeypatch, make_fake(READS="kPyllamaCudaArchitectureNotBuilt"))
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("cuda  ") and line.endswith("device 0 does not work") for line in lines)
+    assert any(line.startswith("cuda device 0") and "[missing] Fake 9000" in line for line in lines)
     use(monkeypatch, make_fake(KIND="kPyllamaCudaDriverTooOld", DRIVER="12040"))
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -242,7 +266,7 @@ from pyllama.native import load_native
 native = load_native()
 native.cuda.library_path()
 try:
-    pyllama.LLM("no such model", device="auto")
+    pyllama.LLM("no such model", device="auto")  # before anything else
 except Exception as error:
     print(type(error).__name__)
 """

@@ -292,8 +292,9 @@ def test_bad_options(tiny: LLM) -> None:
             tiny.chat(messages)  # type: ignore[arg-type]
 
 
-def test_bad_arguments_of_opening() -> None:
-    with pytest.raises(DeviceError, match="cannot run models on CUDA yet"):
+def test_bad_arguments_of_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYLLAMA_CUDA_LIBRARY", "/nowhere/none.so")
+    with pytest.raises(DeviceError, match=r'device="cuda": .*no such file.*; use device="cpu" or "auto"'):
         LLM("demo", device="cuda")
     for options in (
         {"device": "tpu"},

@@ -15,10 +15,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .options import UsageError, add_kv_dtype, integer, positive
+from .options import UsageError, add_kv_dtype, add_placement, integer, positive
 from .terminal import json_text, safe
+
+if TYPE_CHECKING:
+    from ..placement import Placement
 
 _PROBE_S = 0.4  # seconds of each measurement of the machine
 _N_CTX = 8192
@@ -43,6 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-b", "--batch-size", type=positive, default=512, metavar="N", help="prompt tokens per step")
     parser.add_argument("--parallel", type=positive, default=1, metavar="N", help="decode N sequences at once")
     add_kv_dtype(parser)
+    add_placement(parser)
     parser.add_argument(
         "--profile", action="store_true", help="also tell where the time of a step goes, by one more run"
     )
@@ -81,6 +85,8 @@ class Test:
 def run(arguments: argparse.Namespace) -> int:
     tests = [Test(n, 0, d) for d in arguments.n_depth for n in arguments.n_prompt if n]
     tests += [Test(0, n, d) for d in arguments.n_depth for n in arguments.n_gen if n]
+    from ..placement import Placement
+
     if not tests:
         raise UsageError("nothing to measure: both -p and -n are 0")
     opened, label = _open(arguments)
@@ -89,8 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
         if test.n_tok > longest:
             raise ValueError(f"{test.name} needs a context of {test.n_tok} tokens, the model has {longest}")
     records = []
+    n_cached = min(longest, max(test.n_tok for test in tests) * arguments.parallel)
+    placement = Placement(opened, n_cached, arguments.kv_dtype, arguments.device, arguments.gpu_layers)
     for threads in arguments.threads:
-        bench = Bench(opened, label, threads, arguments.batch_size, arguments.parallel, arguments.kv_dtype)
+        bench = Bench(opened, label, threads, arguments.batch_size, arguments.parallel, arguments.kv_dtype, placement)
         for test in tests:
             print(f"{test.name}: {arguments.repetitions} runs …", file=sys.stderr, flush=True)
             records.append(bench.measure(test, arguments.repetitions, arguments.profile))
@@ -126,7 +134,16 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, str]:
 class Bench:
     """A model and a number of threads, ready to run tests."""
 
-    def __init__(self, opened: Any, label: str, threads: int, n_batch: int, parallel: int, kv_dtype: str) -> None:
+    def __init__(
+        self,
+        opened: Any,
+        label: str,
+        threads: int,
+        n_batch: int,
+        parallel: int,
+        kv_dtype: str,
+        placement: Placement,
+    ) -> None:
         from ..native import load_native
 
         self._native = load_native()
@@ -137,14 +154,24 @@ class Bench:
         self._parallel = parallel
         config = opened.native_config(int(opened.config["max_seq_len"]))
         rows = max(n_batch, parallel)
-        self._model = self._native.Model(config, opened.weights, threads=threads, max_batch_tok=rows, kv_dtype=kv_dtype)
+        options: dict[str, Any] = {"threads": threads, "max_batch_tok": rows, "kv_dtype": kv_dtype}
+        self._model = self._native.Model(config, opened.weights, **options, **placement.options)
+        self._placement = placement
         self._n_batch = n_batch
         self._kv_dtype = kv_dtype
         self._sampler = self._native.Sampler(temperature=0.0)
-        self._floors = {
-            "read_gb_per_s": float(self._native.read_bandwidth(self._model.threads, _PROBE_S)),
-            "int8_gop_per_s": float(self._native.int8_peak(self._model.threads, _PROBE_S, self._model.isa)),
-        }
+        self._floors = self._measure_floors()
+
+    def _measure_floors(self) -> dict[str, float]:
+        """What the machine reaches; of a model that is on two devices neither's numbers say much."""
+        if self._placement.gpu_layers == 0:
+            threads = self._model.threads
+            return {
+                "read_gb_per_s": float(self._native.read_bandwidth(threads, _PROBE_S)),
+                "int8_gop_per_s": float(self._native.int8_peak(threads, _PROBE_S, self._model.isa)),
+            }
+        found = self._placement.read_bandwidth() if self._placement.device_share == 1 else None
+        return {} if found is None else {"read_gb_per_s": found}
 
     def measure(self, test: Test, repetitions: int, profile: bool = False) -> dict[str, Any]:
         """One record, after one run to warm up. The test must fit in the context."""
@@ -154,7 +181,9 @@ class Bench:
         mean = statistics.fmean(samples)
         record = {
             "model": self._label,
-            "backend": "CPU",
+            "backend": self._placement.backend,
+            "device": self._placement.device,
+            "n_gpu_layers": self._placement.gpu_layers,
             "isa": self._model.isa,
             "n_threads": self._model.threads,
             "n_batch": self._n_batch,
@@ -234,8 +263,10 @@ class Bench:
         cache_bytes = self._n_sequences(test) * cached * self._model.page_bytes / self._model.PAGE_TOK
         n_bytes = n_steps * self._step_bytes + cache_bytes
         found = {"gb_per_s": runs_per_s * n_bytes / 1e9}
-        found["bandwidth_share"] = found["gb_per_s"] / self._floors["read_gb_per_s"]
-        if all(weight.format.startswith("q") for weight in self._layer_matrices()):  # else they are no int8 products
+        if "read_gb_per_s" in self._floors:
+            found["bandwidth_share"] = found["gb_per_s"] / self._floors["read_gb_per_s"]
+        int8 = all(weight.format.startswith("q") for weight in self._layer_matrices())
+        if int8 and "int8_gop_per_s" in self._floors:
             found["gop_per_s"] = tok_per_s * self._ops_per_tok() / 1e9
             found["peak_share"] = found["gop_per_s"] / self._floors["int8_gop_per_s"]
         return found
@@ -255,6 +286,12 @@ def _count(shape: Sequence[int]) -> int:
     return n
 
 
+def _runs_on(record: dict[str, Any]) -> str:
+    """The instruction set, or the device, or both with the number of layers there."""
+    isa, device, n = str(record["isa"]), str(record["device"]), record["n_gpu_layers"]
+    return {"CPU": isa, "CUDA": device}.get(record["backend"], f"{isa} + {device} ({n} layers)")
+
+
 def markdown(records: list[dict[str, Any]]) -> str:
     """The records as a table."""
     parts = list(records[0].get("time_shares", ()))
@@ -266,11 +303,13 @@ def markdown(records: list[dict[str, Any]]) -> str:
         speed = f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"
         test = r["test"] if r["kv_dtype"] == "f16" else f"{r['test']}, {r['kv_dtype']} cache"
         size, params = f"{r['model_size'] / 2**20:.1f} MiB", f"{r['model_n_params'] / 1e6:.1f} M"
-        read = f"{r['gb_per_s']:.1f}, {100 * r['bandwidth_share']:.0f} % of {r['read_gb_per_s']:.0f}"
+        read = f"{r['gb_per_s']:.1f}"
+        if "bandwidth_share" in r:
+            read += f", {100 * r['bandwidth_share']:.0f} % of {r['read_gb_per_s']:.0f}"
         done = "–"
         if "gop_per_s" in r:
             done = f"{r['gop_per_s']:.0f}, {100 * r['peak_share']:.0f} % of {r['int8_gop_per_s']:.0f} ({r['isa']})"
-        cells = [" ".join(r["model"].split()), size, params, r["n_threads"], r["isa"], test, speed, read, done]
+        cells = [" ".join(r["model"].split()), size, params, r["n_threads"], _runs_on(r), test, speed, read, done]
         cells += [f"{100 * r['time_shares'][part]:.0f} %" for part in parts]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

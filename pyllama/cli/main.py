@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole grammar of the command line."""
     parser = argparse.ArgumentParser(
         prog="pyllama",
-        description="Run LLaMA models on the CPU.",
+        description="Run LLaMA models.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
