@@ -12,10 +12,12 @@ namespace cuda {
 namespace {
 
 bool has_long_spans(const AttendShape& shape) { return shape.max_span_tok > kFewSpanTok; }
-bool may_have_short_spans(const AttendShape& shape) { return !has_long_spans(shape) || shape.n_spans > 1; }
+bool has_short_spans(const AttendShape& shape) {
+  return !has_long_spans(shape) || (shape.n_spans > 1 && shape.max_few_tok > 0);
+}
 
 AttendShape few_of(AttendShape shape) {
-  shape.max_span_tok = std::min(shape.max_span_tok, kFewSpanTok);
+  if (has_long_spans(shape)) shape.max_span_tok = std::max(1, std::min(shape.max_few_tok, kFewSpanTok));
   return shape;
 }
 
@@ -27,7 +29,7 @@ AttendRoom attend_room(const CacheLayout& cache, const AttendShape& shape) {
 
 void attend(Stream& stream, const CacheLayout& cache, int layer, const AttendShape& shape, const AttendBuffers& args) {
   if (has_long_spans(shape)) attend_many(stream, cache, layer, shape, args, kFewSpanTok + 1);
-  if (may_have_short_spans(shape)) attend_few(stream, cache, layer, few_of(shape), args);
+  if (has_short_spans(shape)) attend_few(stream, cache, layer, few_of(shape), args);
 }
 
 }  // namespace cuda

@@ -37,10 +37,11 @@ struct AttendBuffers {
 // smaller.
 struct AttendShape {
   int n_spans = 0;
-  int max_span_tok = 0;  // tokens of a span, at most
-  int max_keys = 0;      // pos + n_tok, at most; spans that need more splits than this give NaN
-  int n_tok = 0;         // rows of q and o
-  int n_heads = 0;       // a multiple of the cache's n_kv_heads
+  int max_span_tok = 0;           // tokens of a span, at most
+  int max_few_tok = kFewSpanTok;  // the same of spans of up to kFewSpanTok tokens; 0: there are none
+  int max_keys = 0;               // pos + n_tok, at most; spans that need more splits than this give NaN
+  int n_tok = 0;                  // rows of q and o
+  int n_heads = 0;                // a multiple of the cache's n_kv_heads
   // Of the device (DeviceProperties). They decide how prompts are cut into blocks, and no result.
   int multiprocessors = 1;
   size_t shared_bytes = 0;

@@ -131,6 +131,7 @@ void CudaModel::choose_shape(const Step& step) {
   few_ = step.n_tok <= kFewTok;
   shape_ = {};
   shape_.n_spans = step.n_spans;
+  shape_.max_few_tok = 0;
   shape_.n_tok = step.n_tok;
   shape_.n_heads = c_.n_heads;
   shape_.multiprocessors = properties_.multiprocessors;
@@ -139,6 +140,7 @@ void CudaModel::choose_shape(const Step& step) {
   for (int i = 0; i < step.n_spans; i++) {
     const Span& span = step.spans[i];
     shape_.max_span_tok = std::max(shape_.max_span_tok, span.n_tok);
+    if (span.n_tok <= kFewSpanTok) shape_.max_few_tok = std::max(shape_.max_few_tok, span.n_tok);
     shape_.max_keys = std::max(shape_.max_keys, span.pos + span.n_tok);
   }
   if (few_) shape_.max_keys = keys_bucket(shape_.max_keys);

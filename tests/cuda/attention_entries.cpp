@@ -61,12 +61,15 @@ PYLLAMA_TEST_ENTRY int rope_append_step(const int32_t* shape, const int32_t* ste
 }
 
 // step: layer, n_tok, n_heads, n_spans, max_span_tok, max_keys, n_pages, entries of the page table, launches,
-// multiprocessors, shared_bytes.
+// multiprocessors, shared_bytes, max_few_tok.
 PYLLAMA_TEST_ENTRY int attend_step(const int32_t* shape, const int32_t* step, const DeviceSpan* spans,
                                    const int32_t* page_ids, const uint8_t* pages, const float* q, float* o) {
   return guarded([&] {
     const CacheLayout l = layout_of(shape);
-    const AttendShape s{step[3], step[4], step[5], step[1], step[2], step[9], static_cast<size_t>(step[10])};
+    AttendShape s;
+    s.n_spans = step[3], s.max_span_tok = step[4], s.max_keys = step[5], s.n_tok = step[1], s.n_heads = step[2];
+    s.multiprocessors = step[9], s.shared_bytes = static_cast<size_t>(step[10]);
+    s.max_few_tok = step[11];
     const size_t numbers = static_cast<size_t>(step[1]) * static_cast<size_t>(step[2] * l.head_dim);
     Stream stream;
     const Array<uint8_t> cache(stream, pages, static_cast<size_t>(step[6] * l.page_bytes));

@@ -102,7 +102,7 @@ def attend(
     most = max(len(s.q) for s in spans)
     keys = max(s.pos + len(s.q) for s in spans) + room
     step = [layer, len(q), q.shape[1], len(spans), most, keys, len(pages), len(ids), launches]
-    step += [multiprocessors, shared_bytes]
+    step += [multiprocessors, shared_bytes, max([len(s.q) for s in spans if len(s.q) <= 8], default=0)]
     o = np.full(q.shape, 7, np.float32)  # what nobody writes is neither right nor NaN
     emulated.call("attend_step", cache.shape, np.array(step, np.int32), rows, ids, data, q, o)
     return o
