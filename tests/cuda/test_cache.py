@@ -111,7 +111,7 @@ def test_values(emulated: Emulated, head_dim: int, q8: bool) -> None:
     assert touched.sum() == len(step.pos) * 2 * per_token
 
 
-@pytest.mark.tall_grid
+@pytest.mark.many_blocks
 def test_more_tokens_than_a_grid_is_high(emulated: Emulated) -> None:
     n = 65_537
     cache = Cache(False, 1, 2)

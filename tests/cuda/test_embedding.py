@@ -44,7 +44,7 @@ def test_columns_in_another_order(emulated: Emulated) -> None:
     assert (np.abs(x[:, order] - exact) <= 2.0**-24 * np.abs(exact)).all()
 
 
-@pytest.mark.tall_grid
+@pytest.mark.many_blocks
 def test_more_tokens_than_a_grid_is_high(emulated: Emulated) -> None:
     w = random_weight((16, 3), 11, format="f16")
     tokens = np.arange(65_537) % 16

@@ -207,6 +207,7 @@ def test_steps_without_logits() -> None:
     assert np.array_equal(step_logits(model, [(sequence, tokens[19:])])[0][0], expected[19])
 
 
+@pytest.mark.many_blocks
 def test_more_shapes_than_graphs_are_kept() -> None:
     """The least recently used are made anew."""
     small = small_model(Shape(dim=33, hidden_dim=31, n_heads=2, n_kv_heads=1, head_dim=8, vocab_size=17, n_layers=1))

@@ -32,7 +32,7 @@ def test_swiglu(emulated: Emulated, columns: int) -> None:
     assert (np.abs(y - exact) <= 8 * 2.0**-24 * np.abs(exact)).all()  # exp to two roundings, and four more
 
 
-@pytest.mark.tall_grid
+@pytest.mark.many_blocks
 def test_swiglu_of_more_tokens_than_a_grid_is_high(emulated: Emulated) -> None:
     x = rows(65_537, 2, seed=5)
     gate, up = x.astype(np.float64).T
