@@ -181,7 +181,7 @@ class Report:
 
         def read(seconds: np.ndarray) -> float:
             for i in range(len(seconds)):
-                seconds[i] = native.read_bandwidth(self.library, 0, n_bytes, 1)
+                seconds[i] = n_bytes / (native.read_bandwidth(self.library, 0, n_bytes, 1) * 1e9)
             return n_bytes
 
         stream = self.clock.measure("read only", read)

@@ -78,8 +78,10 @@ def run_job(job: Job, deadline: float, not_built: set[str]) -> Outcome:
     if limit < 1:
         return Outcome(job, "not run", 0, "no time was left")
     log = BUILD / "logs" / (re.sub(r"\W+", "-", f"{job.part}-{job.name}") + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)} | job.environment
+    for folder in (log.parent, BUILD / "tmp"):
+        folder.mkdir(parents=True, exist_ok=True)
+    ours = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}  # pytest cuts its reasons off there
+    environment = os.environ | ours | job.environment
     late = False
     with open(log, "wb") as out:
         try:
@@ -116,7 +118,7 @@ def reason(output: str, code: int) -> str:
     """What of a failed job's output says why, in a few lines."""
     if code == SANITIZER_CODE:
         return "\n".join(dict.fromkeys(line.strip("= ")[:200] for line in FOUND_BY_SANITIZER.findall(output)[:4]))
-    if exits := re.findall(r"^! _pytest\.outcomes\.Exit: (.*) !$", output, re.M):
+    if exits := re.findall(r"^!+ _pytest\.outcomes\.Exit: (.*?) !+$", output, re.M):
         return str(exits[-1])[:300]
     lines = [line[:200] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if not lines:
@@ -184,8 +186,6 @@ def test_jobs(library: str) -> list[Job]:
     environment["PYLLAMA_CUDA_DEBUG"] = "poison"
     found = []
     for file in test_files():
-        if late and file.startswith("tests/cuda/test_model"):  # they open the package's library
-            continue
         command = pytest_command(f"{library}-{Path(file).stem}", [file])
         found.append(Job(part, Path(file).stem, command, 150, environment, (built, "extension")))
     return found
@@ -221,16 +221,46 @@ def oracle_jobs() -> list[Job]:
     ]
 
 
+VARIANTS = {
+    "early starts off": {"PYLLAMA_CUDA_DEBUG": "no-early"},
+    "launched, not replayed": {"PYLLAMA_CUDA_GRAPHS": "0"},
+}
+VARIANT_CASE = "8b/q4-64"
+
+
 def bench_jobs(out: Path, seconds: float) -> list[Job]:
-    """With the device to themselves; each gets so much time."""
-    entries = ["--entries", str(BUILD / "tests.so")]
-    found = []
-    for module, more in (("gpu", entries), ("gpu_models", [])):
-        if (ROOT / "benchmarks" / f"{module}.py").exists():
-            command = [sys.executable, "-m", f"benchmarks.{module}", "--json", str(out / f"{module}.json")]
-            command += ["--seconds", f"{seconds:.0f}", *more]
-            found.append(Job("measurements", module, command, seconds + 20, needs=BOTH, told=True))
+    """With the device to themselves, within so many seconds together."""
+
+    def job(name: str, module: str, share: float, json_file: Path, *more: str, **environment: str) -> Job:
+        command = [sys.executable, "-m", f"benchmarks.{module}", "--json", str(json_file), *more]
+        command += ["--seconds", f"{seconds * share:.0f}"]
+        return Job("measurements", name, command, seconds * share + 20, environment, BOTH, told=True)
+
+    found = [
+        job("kernels", "gpu", 0.4, out / "kernels.json", "--entries", str(BUILD / "tests.so")),
+        job("models", "gpu_models", 0.45, out / "models.json"),
+    ]
+    for name, environment in VARIANTS.items():
+        options = ["--cases", VARIANT_CASE, "--rounds", "3", "--title", name]
+        found.append(job(name, "gpu_models", 0.05, BUILD / f"{name}.json", *options, **environment))
     return found
+
+
+def compare_tokens(files: Sequence[Path]) -> Outcome:
+    """Did all runs of a model decode the same tokens? `files`: what gpu_models.py wrote."""
+    tokens: dict[str, dict[str, str]] = {}
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):
+            for model in json.loads(file.read_text())["models"]:
+                if model["tokens"]:
+                    tokens.setdefault(model["name"], {})[file.stem] = model["tokens"]
+    job = Job("measurements", "the same tokens with early starts and without, replayed and launched", [], 0)
+    bad = [f"{name}: {runs}" for name, runs in tokens.items() if len(set(runs.values())) > 1]
+    if bad:
+        return Outcome(job, "failed", 0, "\n".join(bad))
+    if not any(len(runs) == len(files) for runs in tokens.values()):
+        return Outcome(job, "not run", 0, "no model was run in all ways")
+    return Outcome(job, "ok", 0)
 
 
 def find_sanitizer() -> str | None:
@@ -282,8 +312,10 @@ def verdict(outcomes: Sequence[Outcome], tell: Callable[[str], None]) -> int:
         tell(part_line(part, [o for o in outcomes if o.job.part == part]))
     wrong = [o for o in outcomes if o.state != "ok"]
     shown = sorted(wrong, key=lambda o: o.state == "not run")[:12]
+    told: set[str] = set()
     for outcome in shown:
-        why = outcome.why.replace("\n", "\n    ")
+        why = "the same" if outcome.why in told else outcome.why.replace("\n", "\n    ")
+        told.add(outcome.why)
         tell(f"  {outcome.job.part}, {outcome.job.name}: {outcome.state}: {why}")
     if len(wrong) > len(shown):
         tell(f"  and {len(wrong) - len(shown)} more; logs.txt has them all")
@@ -389,14 +421,17 @@ def run_on_device(check: Check, parts: Sequence[str], jobs: int) -> None:
         tests += test_jobs("tests") + oracle_jobs() + test_jobs("late")
     if "sanitizer" in parts:
         tool = find_sanitizer()
-        tests += sanitizer_jobs(tool) if tool else []
         if tool is None:
-            check.tell("compute-sanitizer: not here, so it was not run")
+            job = Job("compute-sanitizer", "all tools", [], 0)
+            check.outcomes.append(Outcome(job, "not run", 0, "compute-sanitizer is not here"))
+        tests += sanitizer_jobs(tool) if tool else []
     if tests:
         check.stage("tests", tests, min(jobs, 8))
     if "bench" in parts:
-        share = max(30.0, (check.left() - 20) / 2)
-        check.stage("measurements", bench_jobs(check.out, share), 1)
+        jobs_of_bench = bench_jobs(check.out, max(30.0, check.left() - 60))
+        check.stage("measurements", jobs_of_bench, 1)
+        files = [check.out / "models.json", *(BUILD / f"{name}.json" for name in VARIANTS)]
+        check.outcomes.append(compare_tokens(files))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,16 @@ def test_a_job_that_hangs_is_stopped_with_all_it_started(check: ModuleType) -> N
             time.sleep(0.01)
 
 
+def test_tests_are_run(check: ModuleType, tmp_path: Path) -> None:
+    """By pytest as it will be on the device, whatever options pyproject.toml has."""
+    file = tmp_path / "test_it.py"
+    file.write_text("def test_a(tmp_path): pass\ndef test_b(): assert 1 == 2, 'a long reason ' * 5\n")
+    job = check.Job("tests", "it", check.pytest_command("it", [str(file)]), 60)
+    done = check.run_job(job, time.monotonic() + 60, set())
+    assert (done.state, done.passed) == ("failed", 1)
+    assert done.why.startswith("FAILED ") and done.why.count("a long reason") == 5
+
+
 def test_what_cannot_be_run_is_not(check: ModuleType) -> None:
     done = check.run_job(python(check, "", needs=("extension",)), time.monotonic() + 60, {"extension"})
     assert (done.state, done.why) == ("not run", "extension: not built")
@@ -92,7 +102,9 @@ def test_reasons(check: ModuleType) -> None:
         *(f"FAILED tests/x.py::test_{i} - assert 1 == {i}" for i in range(4)),
         "and 5 more",
     ]
-    exits = "\nno tests ran in 0.44s\n! _pytest.outcomes.Exit: PYLLAMA_CUDA_TESTS=x.so: libcuda.so.1 is not there !\n"
+    exits = (
+        "\nno tests ran in 0.44s\n!!! _pytest.outcomes.Exit: PYLLAMA_CUDA_TESTS=x.so: libcuda.so.1 is not there !!!\n"
+    )
     assert check.reason(exits, 3) == "PYLLAMA_CUDA_TESTS=x.so: libcuda.so.1 is not there"
     sanitizer = "\n".join(
         [
@@ -112,7 +124,7 @@ def test_reasons(check: ModuleType) -> None:
 def test_a_report_of_many_failures_is_short(check: ModuleType) -> None:
     """Of a remote run only the last 12,000 characters may be seen, and the tables come before."""
     jobs = [check.Job("tests", f"test_{i}", [], 1) for i in range(60)]
-    outcomes = [check.Outcome(job, "failed", 1.0, "\n".join(["x" * 200] * 5)) for job in jobs[:30]]
+    outcomes = [check.Outcome(job, "failed", 1.0, "\n".join([job.name, *["x" * 200] * 4])) for job in jobs[:30]]
     outcomes += [check.Outcome(job, "not run", 0.0, "no time was left") for job in jobs[30:]]
     lines: list[str] = []
     assert check.verdict(outcomes, lines.append) == 60
@@ -124,9 +136,7 @@ def test_every_kernel_test_is_run_on_the_device(check: ModuleType) -> None:
     assert {job.name for job in check.test_jobs("tests")} == files
     for job in check.test_jobs("tests"):
         assert job.environment["PYLLAMA_CUDA_TESTS"].endswith("tests.so") and job.needs == ("test library", "extension")
-    assert {job.name for job in check.test_jobs("late")} == {
-        name for name in files if not name.startswith("test_model")
-    }
+    assert {job.name for job in check.test_jobs("late")} == files
     jobs = check.sanitizer_jobs("/x/compute-sanitizer")
     assert {job.name.split()[0] for job in jobs} == set(check.TOOLS)
     assert all("PYLLAMA_CUDA_DEBUG" not in job.environment for job in jobs)  # poison would hide what nobody wrote
@@ -178,3 +188,23 @@ def test_the_parts_of_a_run(check: ModuleType, monkeypatch: pytest.MonkeyPatch, 
     assert [title for title, _ in stages] == ["tests", "measurements"]
     assert {"tests", "kernels that end late", "compute-sanitizer"} <= set(stages[0][1])
     assert set(stages[1][1]) == {"measurements"}
+
+
+def test_tokens_are_compared(check: ModuleType, tmp_path: Path) -> None:
+    def file(name: str, **tokens: str) -> Path:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"models": [{"name": k, "tokens": v} for k, v in tokens.items()]}))
+        return path
+
+    one, two = file("one", a="1234", b="5678", c=""), file("two", a="1234", c="9abc")
+    assert check.compare_tokens([one, two]).state == "ok"
+    assert check.compare_tokens([one, two, tmp_path / "missing.json"]).state == "not run"
+    found = check.compare_tokens([one, two, file("three", b="0000")])
+    assert (found.state, found.why) == ("failed", "b: {'one': '5678', 'three': '0000'}")
+
+
+def test_a_missing_sanitizer_is_no_pass(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(check, "find_sanitizer", lambda: None)
+    whole = check.Check(tmp_path, 60, lambda text: None)
+    check.run_on_device(whole, ["sanitizer"], 1)
+    assert [(o.job.part, o.state) for o in whole.outcomes] == [("compute-sanitizer", "not run")]

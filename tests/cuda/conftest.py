@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, _shared_temp
+from tests.conftest import _shared_temp
 from tests.cuda.compiling import (
     DEFAULT_ARCHITECTURE,
     CannotCompileError,
@@ -131,5 +131,5 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
 
 @pytest.fixture(scope="session")
 def cuda_library(emulated: Emulated) -> Path:
-    """What PYLLAMA_CUDA_LIBRARY is to be for tests of whole models: on a device the library that was built."""
-    return ROOT / "pyllama" / "libpyllama_cuda.so" if ON_DEVICE else emulated.path
+    """What PYLLAMA_CUDA_LIBRARY is to be for tests of whole models: the same library, so that `emulated` rules it."""
+    return emulated.path

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cuda.conftest import ROOT, Emulated, emulation_only
+from tests.conftest import ROOT
+from tests.cuda.conftest import Emulated, emulation_only
 
 RNG = np.random.default_rng
 

@@ -231,7 +231,6 @@ def test_more_shapes_than_graphs_are_kept() -> None:
         run(sizes)
 
 
-@pytest.mark.skipif(ON_DEVICE, reason="only in the emulation: orders of threads")
 def test_in_all_thread_orders(emulated: Emulated) -> None:
     small = small_model(SMALL, Kind("q4a", 64, "bf16", "bf16"))
     tokens = random_tokens(small, 13)

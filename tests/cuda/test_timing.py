@@ -1,16 +1,21 @@
-"""benchmarks/gpu.py over tests/cuda/timing_entries.cpp, on a tiny shape: everything is measured, counted and told. The
-emulation's times mean nothing, and no test looks at them.
+"""benchmarks/gpu.py over tests/cuda/timing_entries.cpp, and gpu_models.py, on a tiny shape: everything is measured,
+counted and told. The emulation's times mean nothing, and no test looks at them.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import gpu_models
 from benchmarks.gpu import Clock, Report, Work, errors, figure, matrices
+from pyllama import _C
 from pyllama.synthetic import SHAPES
 from tests.cuda.conftest import Emulated, EmulationError
 
@@ -67,6 +72,16 @@ def test_failures_and_the_end_of_the_time_are_told(emulated: Emulated, monkeypat
     assert clock.n_left_out == 2 * 2 * 5 and len(errors(clock.records)) == 4
 
 
+def test_the_yardstick(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """_C.cuda.read_bandwidth gives GB/s."""
+    rates = iter([1000.0, 3000.0])
+    monkeypatch.setattr("benchmarks.gpu.load_native", lambda: SimpleNamespace(cuda=stub))
+    stub = SimpleNamespace(read_bandwidth=lambda path, device, n_bytes, repeats: next(rates))
+    report = Report(clock_of(emulated), WORK, "", lambda text: None)
+    report.memory()
+    assert report.stream_gb_per_s == pytest.approx(2 / (1 / 1000 + 1 / 3000))  # of the mean time
+
+
 def test_figures() -> None:
     assert figure(None, "seconds") == "-"
     assert figure({"error": "no"}, "seconds") == "failed"
@@ -77,3 +92,52 @@ def test_figures() -> None:
 def test_entries_say_what_is_wrong(emulated: Emulated) -> None:
     with pytest.raises(EmulationError, match="head_dim 7"):
         emulated.call("time_attend", np.array([0, 1, 7, 1, 1, 1, 1, 1, 1, 1]), np.zeros(1), np.zeros(1))
+
+
+# ---- whole models
+
+
+def run_models(cuda_library: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setenv("PYLLAMA_CUDA_LIBRARY", str(cuda_library))
+    return gpu_models.main(["--decode", "2", "--prompt", "9", "--rounds", "1", *arguments])
+
+
+def test_models_are_measured(
+    cuda_library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    kept = tmp_path / "models.json"
+    assert run_models(cuda_library, monkeypatch, "--cases", "tiny/q4-64", "--json", str(kept)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["tiny", "q4-64"]]
+    for record in json.loads(kept.read_text())["models"]:
+        assert (
+            record["error"] == "" and len(record["tokens"]) == 8 and sum(record["shares"].values()) == pytest.approx(1)
+        )
+        assert all(len(record[what]) == 1 and record[what][0] > 0 for what in ("decode", "decode_batch", "prefill"))
+        assert record["prompt_flops"] == 2 * sum(m.rows * m.columns * m.times for m in matrices(SHAPES["tiny"])[:-1])
+
+
+def test_models_that_cannot_be_measured(
+    cuda_library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_models(cuda_library, monkeypatch, "--cases", "tiny/q4-64", "--device", "cuda:7") == 1
+    assert "tiny q4-64 failed: DeviceError: " in capsys.readouterr().out
+    assert run_models(cuda_library, monkeypatch, "--cases", "tiny/q4-64", "--seconds", "-1") == 1
+    assert "out of time: 1 models were left out" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_models(cuda_library, monkeypatch, "--cases", "tiny")
+
+
+def test_eight_that_do_not_get_what_one_gets_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {1: [[1, 2]], gpu_models.BATCH: [[1, 2]] * 7 + [[1, 3]]}
+    monkeypatch.setattr(gpu_models, "decoding", lambda native, model, batch, sizes: ([1.0], given[batch]))
+    result = gpu_models.measure(("tiny", "q4", 64), "", gpu_models.Sizes(2, 2, 1))
+    assert "some do not get the tokens of one alone" in result.error
+
+
+def test_quick_models_have_logits(cuda_library: Path) -> None:
+    """Their numbers keep their size from layer to layer: no infinity, no NaN, tokens that differ."""
+    opened = gpu_models.quick_model(("tiny", "f16", 0), 64)
+    model = _C.Model(opened.native_config(64), opened.weights, threads=2)
+    logits = model.step([(model.sequence(), list(range(1, 40)), None, "all")])[0].logits
+    assert np.isfinite(logits).all() and 0.1 < logits.std() < 10 and len(set(logits.argmax(-1).tolist())) > 20
