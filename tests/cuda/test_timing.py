@@ -102,6 +102,7 @@ def run_models(cuda_library: Path, monkeypatch: pytest.MonkeyPatch, *arguments: 
     return gpu_models.main(["--decode", "2", "--prompt", "9", "--rounds", "1", *arguments])
 
 
+@pytest.mark.many_blocks
 def test_models_are_measured(
     cuda_library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
