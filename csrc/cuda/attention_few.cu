@@ -235,7 +235,7 @@ PYLLAMA_DEVICE void store_nan(const FewArgs& a, const Tile& t) {
 }
 
 template <int kBlocks, bool kBytes>
-PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes ? 2 : 3) void attend_few_kernel(const FewArgs a) {
+PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes || kBlocks == 4 ? 2 : 3) void attend_few_kernel(const FewArgs a) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const Tile t = tile_of_block(a);
