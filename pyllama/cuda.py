@@ -14,6 +14,9 @@ from .common.errors import DeviceError
 from .native import load_native
 from .sizes import unsupported_on_device
 
+# Whether `make gpu-check` has passed on a device. Until then nobody gets CUDA without asking for it.
+PROVEN_ON_A_GPU = False
+
 _PROBE_BYTES = 1 << 16
 _MEASURED_BYTES = 1 << 30
 
@@ -61,8 +64,8 @@ def check_device(device: str) -> None:
 def choose_device(device: str, config: Mapping[str, Any] | None = None) -> tuple[CudaDevice | None, str | None]:
     """The device that is meant, None for the CPU; and why "auto" means the CPU.
 
-    "auto": the first CUDA device, where there is one that runs kernels and this model; never an emulated one. Raises
-    DeviceError with the reasons where CUDA is asked for and cannot be had.
+    "auto": the first CUDA device, where there is one that runs kernels and this model; never an emulated one, and none
+    before PROVEN_ON_A_GPU. Raises DeviceError with the reasons where CUDA is asked for and cannot be had.
     """
     check_device(device)
     if device == "cpu":
@@ -74,6 +77,8 @@ def choose_device(device: str, config: Mapping[str, Any] | None = None) -> tuple
             raise DeviceError(trouble)
         if device == "auto" and found.emulated:
             raise DeviceError("PYLLAMA_CUDA_LIBRARY names the emulation, which is for tests")
+        if device == "auto" and not PROVEN_ON_A_GPU:
+            raise DeviceError(f'no model of this version has run on a GPU yet; device="cuda" takes {found.name}')
         return found, None
     except DeviceError as error:
         if device == "auto":

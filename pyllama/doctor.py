@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .common.errors import PyllamaError
-from .cuda import examine_cuda
+from .cuda import PROVEN_ON_A_GPU, examine_cuda
 from .demo import demo_source
 from .memory import available_bytes
 from .native import load_native
@@ -127,7 +127,8 @@ def _cuda() -> list[Finding]:
     if report.emulated:
         use = 'for tests: only device="cuda" takes it'
     else:
-        use = 'device="auto" takes device 0' if report.devices[0].trouble is None else "device 0 does not work"
+        name = "auto" if PROVEN_ON_A_GPU else "cuda"
+        use = f'device="{name}" takes device 0' if report.devices[0].trouble is None else "device 0 does not work"
     findings = [Finding("cuda", "ok", f"{report.library}; {use}")]
     for i, device in enumerate(report.devices):
         state: Literal["ok", "missing"] = "ok" if device.trouble is None else "missing"

@@ -46,10 +46,11 @@ class LLM:
     converted to. `kv_dtype`: what keys and values are kept in, "f16", or "q8" for about half the memory
     at a small loss of precision.
 
-    `device`: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is a device that works, else the CPU; the attribute
-    `device` then says which. `gpu_layers`: the last so many layers run on the CUDA device, with the head, the others on
-    the CPU; "auto" is as many as fit with a context of `n_ctx` tokens (`plan()` has the sum), "all" all or an error
-    that says what would fit. On the CPU it must be "auto" or 0. `threads` and `isa` are those of the CPU's layers.
+    `device`: "cpu", "cuda", "cuda:1", or "auto": the CPU, until models have been proven on a GPU, then CUDA where
+    there is a device that works; the attribute `device` says which. `gpu_layers`: the last so many layers run on the
+    CUDA device, with the head, the others on the CPU; "auto" is as many as fit with a context of `n_ctx` tokens
+    (`plan()` has the sum), "all" all or an error that says what would fit. On the CPU it must be "auto" or 0. `threads`
+    and `isa` are those of the CPU's layers.
 
     `speculative="lookup"` guesses tokens from earlier places of the same text, `draft` (another path) names a smaller
     model with the same vocabulary that guesses; either way several guesses are verified per step: the same replies to

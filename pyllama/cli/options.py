@@ -44,7 +44,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """Where the model runs."""
     parser.add_argument(
-        "--device", type=device, default="auto", metavar="NAME", help="auto (CUDA where it works), cpu, cuda or cuda:N"
+        "--device", type=device, default="auto", metavar="NAME", help="auto (for now the CPU), cpu, cuda or cuda:N"
     )
     parser.add_argument(
         "--gpu-layers",
