@@ -1,4 +1,4 @@
-// What a device must do for the forward pass: ten coarse verbs for a step, four for pages, two by which one device
+// What a device must do for the forward pass: eleven coarse verbs for a step, four for pages, two by which one device
 // hands a step over to another; it may tell where the time goes. model/ calls them in order and knows no device; cpu/
 // and cuda/ implement them and know no model loop. A backend owns its activations and its key/value pages.
 #pragma once
@@ -23,6 +23,15 @@ struct Span {
   const int* pages = nullptr;  // page ids that cover positions 0 … pos + n_tok - 1
 };
 
+// How the token after a row of logits is drawn (model/sampler.h): temperature 0 takes the largest logit.
+struct Draw {
+  double temperature = 1.0;
+  int top_k = 0;
+  double top_p = 1.0;
+  double min_p = 0.0;
+  uint64_t random = 0;  // 53 bits
+};
+
 // One step: n_tok rows, cut into spans; logits are wanted for n_out of the rows.
 struct Step {
   int n_tok = 0;
@@ -32,6 +41,7 @@ struct Step {
   const Span* spans = nullptr;  // [n_spans], rows ascending, disjoint, covering all rows
   int n_out = 0;
   const int32_t* out_rows = nullptr;  // [n_out] ascending
+  const Draw* draws = nullptr;        // [n_out], for a backend that can_draw(): wanted are tokens, and no logits
 };
 
 // Seconds of steps by what they were spent on.
@@ -65,7 +75,9 @@ class Backend {
   virtual void mlp_out(int layer) = 0;        // x += w_down·h
   virtual void head() = 0;                    // logits = output·norm(x[out_rows])
   virtual const float* logits() = 0;          // host memory [n_out, vocab_size], valid until the next begin()
-  virtual void end() = 0;                     // also called after an exception; workers may sleep again
+  virtual bool can_draw() const { return false; }
+  virtual const int32_t* drawn() { return nullptr; }  // [n_out] as logits(); -1 where logits are not finite
+  virtual void end() = 0;                             // also called after an exception; workers may sleep again
 
   // For backends of some of a model's layers (split_backend.h): x [n_tok, dim] in host memory, given in embed()'s place
   // to one that has no embeddings, taken in head()'s place from one that has no norm and output.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "error.h"
+#include "vocab.h"
 
 namespace pyllama {
 namespace {
@@ -92,7 +93,8 @@ class CudaBackend final : public Backend {
   CudaBackend(const Config& config, const ModelWeights& weights, const CudaOptions& options)
       : library_(CudaLibrary::open(cuda_library_path())),
         table_(library_.table()),
-        max_batch_tok_(options.max_batch_tok) {
+        max_batch_tok_(options.max_batch_tok),
+        can_draw_(config.vocab_size <= kMaxVocab) {
     const int n_devices = library_.device_count();
     check<DeviceError>(options.device >= 0 && options.device < n_devices, "there is no device ", options.device,
                        ": the driver counts ", n_devices, ", from 0");
@@ -122,8 +124,13 @@ class CudaBackend final : public Backend {
       const Span& span = step.spans[i];
       spans_.push_back({span.first, span.n_tok, span.pos, span.pages});
     }
-    const PyllamaCudaStep record{step.n_tok, step.n_spans,  step.n_out,   step.tokens,
-                                 step.pos,   step.out_rows, spans_.data()};
+    draws_.clear();
+    for (int i = 0; step.draws && i < step.n_out; ++i) {
+      const Draw& draw = step.draws[i];
+      draws_.push_back({draw.temperature, draw.top_p, draw.min_p, draw.random, draw.top_k});
+    }
+    const PyllamaCudaStep record{step.n_tok, step.n_spans,  step.n_out,    step.tokens,
+                                 step.pos,   step.out_rows, spans_.data(), step.draws ? draws_.data() : nullptr};
     check_memory(table_.begin(opened_, &record));
   }
   void embed() override { run(kPyllamaCudaEmbed, 0); }
@@ -138,6 +145,12 @@ class CudaBackend final : public Backend {
   const float* logits() override {
     const float* found = nullptr;
     library_.check_result(table_.logits(opened_, &found));
+    return found;
+  }
+  bool can_draw() const override { return can_draw_; }
+  const int32_t* drawn() override {
+    const int32_t* found = nullptr;
+    library_.check_result(table_.drawn(opened_, &found));
     return found;
   }
   void end() override { table_.end(opened_); }
@@ -160,10 +173,12 @@ class CudaBackend final : public Backend {
   const CudaLibrary& library_;
   const PyllamaCudaTable& table_;
   const int max_batch_tok_;
+  const bool can_draw_;
   std::string name_;
   size_t page_bytes_ = 0;
   PyllamaCudaOpened* opened_ = nullptr;
-  std::vector<PyllamaCudaSpan> spans_;  // of the step that runs
+  std::vector<PyllamaCudaSpan> spans_;  // of the step that runs, as draws_
+  std::vector<PyllamaCudaDraw> draws_;
 };
 
 }  // namespace

@@ -146,6 +146,8 @@ class SplitBackend final : public Backend {
   void mlp_out(int layer) override { of(layer).mlp_out(local(layer)); }
   void head() override { back_.backend().head(); }
   const float* logits() override { return back_.backend().logits(); }
+  bool can_draw() const override { return back_.backend().can_draw(); }
+  const int32_t* drawn() override { return back_.backend().drawn(); }
 
   void end() override {
     if (running_) running_->backend().end();

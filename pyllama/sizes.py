@@ -130,7 +130,14 @@ def device_buffer_bytes(config: Config, tensors: Tensors, layers: Sequence[int],
     chunks = -(-max(dim, q, hidden) // _CHUNK_COLUMNS)
     tokens = round_up(n_tok, _PANEL_TOK)
     activations = [chunks * tokens * _CHUNK_COLUMNS * 2, chunks * tokens * 16, tokens * 4]
-    return sum(_placed(4 * n) for n in floats) + sum(map(_placed, activations))
+    draws = [_draw_room_bytes(config["vocab_size"]), 4 * n_tok]
+    return sum(_placed(4 * n) for n in floats) + sum(map(_placed, activations + draws))
+
+
+def _draw_room_bytes(vocab_size: int) -> int:
+    """Of eight rows: weights, sums and maxima by chunks of 1024 tokens, sums and sizes of 256 steps of depth."""
+    chunks = -(-vocab_size // 1024)
+    return 8 * (8 * (chunks * 1024 + chunks + 2 * 256) + round_up(4 * chunks, 16))
 
 
 def device_page_bytes(config: Config, kv_dtype: str) -> int:

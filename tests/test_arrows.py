@@ -29,7 +29,7 @@ CPP_ARROWS = {
     "cuda_backend": {"words", "backend", "cuda_library", "cuda_backend"},
     "bindings": {"words", "backend", "model", "cpu", "split_backend", "cuda_library", "cuda_backend", "bindings"},
 }
-WORDS = {"error", "formats", "tensor", "config", "portable_trig", "vocab"}
+WORDS = {"error", "formats", "tensor", "config", "portable_exp2", "portable_trig", "vocab"}
 
 # Rooms of the Python packages, longest prefix first, and what each may import of ours.
 PYTHON_ARROWS = {

@@ -158,7 +158,7 @@ def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ({"ENTRY": "another_function"}, "has no function pyllama_cuda_table"),
         ({"TABLE": "nullptr"}, "gave no table"),
         ({"VERSION": "7"}, "its table of functions has version 7, this pyllama expects 1"),
-        ({"SIZE": "8"}, "has 8 bytes, this pyllama expects 160 or more"),
+        ({"SIZE": "8"}, "has 8 bytes, this pyllama expects 168 or more"),
         ({"KIND": "kPyllamaCudaNoDriver"}, "no NVIDIA driver was found (the fake's own words)"),
         (
             {"KIND": "kPyllamaCudaDriverTooOld", "DRIVER": "12040"},
@@ -204,6 +204,11 @@ def test_a_device_is_described(make_fake: Make, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="the fake's own words"):
         cuda.read_bandwidth(path, 1, 1 << 30)
     use(monkeypatch, path)
+    assert choose_device("auto") == (
+        None,
+        'no CUDA: no model of this version has run on a GPU yet; device="cuda" takes Fake 9000',
+    )
+    monkeypatch.setattr("pyllama.cuda.PROVEN_ON_A_GPU", True)
     for name in ("cuda", "cuda:0", "auto"):
         chosen, note = choose_device(name)
         assert chosen is not None and (chosen.label, chosen.name, note) == ("cuda:0", "Fake 9000", None)
@@ -235,7 +240,7 @@ def test_doctor_shows_it(make_fake: Make, monkeypatch: pytest.MonkeyPatch, capsy
     lines = capsys.readouterr().out.splitlines()
     (library,) = (line for line in lines if line.startswith("cuda  "))
     assert "  toolkit 13.0, code for 80+PTX; the driver runs CUDA 13.1; " in library
-    assert library.endswith('device="auto" takes device 0')
+    assert library.endswith('device="cuda" takes device 0')
     (device,) = (line for line in lines if line.startswith("cuda device 0"))
     assert "Fake 9000, compute capability 9.0, 132 multiprocessors, 79.0 of 80.0 GiB free" in device
     use(monkeypatch, make_fake(READS="kPyllamaCudaArchitectureNotBuilt"))

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "portable_exp2.h"
 #include "vocab.h"
 
 namespace pyllama {

@@ -88,10 +88,18 @@ typedef struct PyllamaCudaSpan {
   const int32_t* pages;
 } PyllamaCudaSpan;
 
+// Draw of csrc/backend.h.
+typedef struct PyllamaCudaDraw {
+  double temperature, top_p, min_p;
+  uint64_t random;
+  int32_t top_k;
+} PyllamaCudaDraw;
+
 typedef struct PyllamaCudaStep {
   int32_t n_tok, n_spans, n_out;
   const int32_t *tokens, *pos, *out_rows;
   const PyllamaCudaSpan* spans;
+  const PyllamaCudaDraw* draws;  // [n_out]: head draws tokens and leaves no logits; or null
 } PyllamaCudaStep;
 
 typedef enum PyllamaCudaVerb {
@@ -139,7 +147,8 @@ typedef struct PyllamaCudaTable {
   int (*run)(PyllamaCudaOpened* opened, int32_t verb, int32_t layer);    // a PyllamaCudaVerb
   int (*load_x)(PyllamaCudaOpened* opened, const float* x);              // [n_tok, dim], host memory, as store_x
   int (*store_x)(PyllamaCudaOpened* opened, float* x);
-  int (*logits)(PyllamaCudaOpened* opened, const float** logits);  // host memory, valid until the next begin
+  int (*logits)(PyllamaCudaOpened* opened, const float** logits);   // host memory, valid until the next begin
+  int (*drawn)(PyllamaCudaOpened* opened, const int32_t** tokens);  // [n_out] likewise; -1: logits are not finite
   int (*end)(PyllamaCudaOpened* opened);
   int (*profile)(PyllamaCudaOpened* opened, int32_t on, PyllamaCudaTimes* since_last_call);
 } PyllamaCudaTable;

@@ -129,7 +129,11 @@ PYLLAMA_DEVICE T shuffle_down(T v, unsigned delta) {
   return detail::shuffle_words(v, [=](uint32_t w) { return __shfl_down_sync(0xffffffffu, w, delta); });
 }
 
-PYLLAMA_DEVICE int atomic_add(int* p, int v) { return atomicAdd(p, v); }  // what *p was
+// What *p was.
+PYLLAMA_DEVICE int atomic_add(int* p, int v) { return atomicAdd(p, v); }
+PYLLAMA_DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) {
+  return atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v));
+}
 PYLLAMA_DEVICE void fence() { __threadfence(); }
 
 #else
@@ -197,12 +201,15 @@ T shuffle_down(T v, unsigned delta) {
   return shuffle(v, lane() + delta < 32 ? lane() + delta : lane());
 }
 
-inline int atomic_add(int* p, int v) {
-  emulation::check_access(p, 4, "atomic_add");
-  const int before = *p;
+template <class T>
+T atomic_add(T* p, T v) {
+  emulation::check_access(p, sizeof(T), "atomic_add");
+  const T before = *p;
   *p = before + v;
   return before;
 }
+inline int atomic_add(int* p, int v) { return atomic_add<int>(p, v); }
+inline uint64_t atomic_add(uint64_t* p, uint64_t v) { return atomic_add<uint64_t>(p, v); }
 inline void fence() {}
 
 #endif

@@ -16,7 +16,7 @@
 // What the table hands out for a model.
 struct PyllamaCudaOpened {
   pyllama::cuda::CudaModel model;
-  std::vector<pyllama::Span> spans;  // of the step that runs
+  pyllama::cuda::StepLists lists;  // of the step that runs
 };
 
 namespace {
@@ -130,7 +130,7 @@ int copy_page(PyllamaCudaOpened* opened, int32_t from, int32_t to) {
 }
 
 int begin(PyllamaCudaOpened* opened, const PyllamaCudaStep* step) {
-  return guarded([&] { opened->model.begin(step_of(*step, opened->spans)); });
+  return guarded([&] { opened->model.begin(step_of(*step, opened->lists)); });
 }
 
 int run(PyllamaCudaOpened* opened, int32_t verb, int32_t layer) {
@@ -169,6 +169,10 @@ int logits(PyllamaCudaOpened* opened, const float** out) {
   return guarded([&] { *out = opened->model.logits(); });
 }
 
+int drawn(PyllamaCudaOpened* opened, const int32_t** out) {
+  return guarded([&] { *out = opened->model.drawn(); });
+}
+
 int end(PyllamaCudaOpened* opened) {
   return guarded([&] { opened->model.end(); });
 }
@@ -202,6 +206,7 @@ const PyllamaCudaTable table = {
     load_x,
     store_x,
     logits,
+    drawn,
     end,
     profile,
 };

@@ -92,7 +92,10 @@ CudaModel::CudaModel(const Config& config, const ModelWeights& weights, const Mo
       pages_(stream_, static_cast<size_t>(cache_.page_bytes)) {
   stream_.copy_to_device(inv_freq_.data(), c_.rope_inv_freq.data(), inv_freq_.bytes());
   few_inputs_.reserve(kFewTok, kFewTok * pages_for(keys_bucket(c_.max_seq_len)));
-  if (w_.has_head()) few_logits_ = HostMemory(kFewTok * static_cast<size_t>(c_.vocab_size) * sizeof(float));
+  if (w_.has_head()) {
+    few_logits_ = HostMemory(kFewTok * static_cast<size_t>(c_.vocab_size) * sizeof(float));
+    drawn_ = HostMemory(static_cast<size_t>(max_tok_) * sizeof(int32_t));
+  }
   if (!w_.has_embedding()) {
     x_on_host_ = HostMemory(static_cast<size_t>(max_tok_) * static_cast<size_t>(c_.dim) * sizeof(float));
   }
@@ -117,14 +120,14 @@ void CudaModel::begin(const Step& step) {
   }
   if (!few_ && !many_inputs_.fits(step.n_tok, n_pages_)) many_inputs_.reserve(max_tok_, 2 * n_pages_);
   const auto n_out = static_cast<size_t>(step.n_out);
-  if (!few_ && n_out > many_rows_) {
+  if (!few_ && !draws_ && n_out > many_rows_) {
     many_logits_ = HostMemory();
     many_rows_ = 0;
     many_logits_ = HostMemory(n_out * static_cast<size_t>(c_.vocab_size) * sizeof(float));
     many_rows_ = n_out;
   }
   logits_ = few_ ? few_logits_.as<float>() : many_logits_.as<float>();
-  inputs().set(step, pages_);
+  inputs().set(step, pages_, c_.vocab_size);
 }
 
 void CudaModel::choose_shape(const Step& step) {
@@ -137,6 +140,7 @@ void CudaModel::choose_shape(const Step& step) {
   shape_.multiprocessors = properties_.multiprocessors;
   shape_.shared_bytes = properties_.shared_bytes;
   n_out_ = step.n_out;
+  draws_ = step.draws != nullptr;
   for (int i = 0; i < step.n_spans; i++) {
     const Span& span = step.spans[i];
     shape_.max_span_tok = std::max(shape_.max_span_tok, span.n_tok);
@@ -153,7 +157,7 @@ void CudaModel::start() {
   started_ = true;
   mode_ = Mode::direct;
   timer_.begin();
-  key_ = {shape_.n_tok, shape_.n_spans, shape_.max_span_tok, shape_.max_keys, n_out_};
+  key_ = {shape_.n_tok, shape_.n_spans, shape_.max_span_tok, shape_.max_keys, n_out_, draws_};
   if (few_ && graphs_wanted_ && !timer_.on() && graphs_.seen(key_)) {
     mode_ = graphs_.find(key_) ? Mode::replayed : Mode::recorded;
   }
@@ -282,13 +286,30 @@ void CudaModel::head() {
     norm_activations(stream_, rows, w_.norm(), c_.norm_eps, buffers_.activations);
     linear(stream_, w.fragments, buffers_.activations, n, StoreRows{buffers_.logits, c_.vocab_size, nullptr, nullptr},
            properties_.multiprocessors);
-    stream_.copy_to_host(logits_ + static_cast<size_t>(first) * vocab_size, buffers_.logits,
-                         static_cast<size_t>(n) * vocab_size * sizeof(float));
+    if (draws_) {
+      draw(first, n);
+    } else {
+      stream_.copy_to_host(logits_ + static_cast<size_t>(first) * vocab_size, buffers_.logits,
+                           static_cast<size_t>(n) * vocab_size * sizeof(float));
+    }
+  }
+  if (launches() && draws_) {
+    stream_.copy_to_host(drawn_.as<void>(), buffers_.drawn, static_cast<size_t>(n_out_) * sizeof(int32_t));
   }
   finish();
 }
 
 // ---- their parts
+
+// The tokens after `n` rows of logits, of which the step's `first` is the first.
+void CudaModel::draw(int first, int n) {
+  const auto vocab_size = static_cast<size_t>(c_.vocab_size);
+  for (int row = 0; row < n; row += kDrawRows) {
+    draw_tokens(stream_,
+                {buffers_.logits + static_cast<size_t>(row) * vocab_size, c_.vocab_size, std::min(n - row, kDrawRows),
+                 inputs().draws() + first + row, buffers_.draw_room, buffers_.drawn + first + row});
+  }
+}
 
 // Matrices with an input_order want activations of their own.
 void CudaModel::multiply_normed(const std::vector<DeviceMatrix>& matrices, const float* norm, float* y,

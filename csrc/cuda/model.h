@@ -51,7 +51,8 @@ class CudaModel {
   void head();
   void load_x(const float* x);  // [n_tok, dim] in host memory
   void store_x(float* x);
-  const float* logits() const { return logits_; }  // [n_out, vocab_size]
+  const float* logits() const { return logits_; }                // [n_out, vocab_size], unless the step draws
+  const int32_t* drawn() const { return drawn_.as<int32_t>(); }  // [n_out], if it does
   void end() noexcept;
 
   StepTimes profile(bool on) { return timer_.restart(on); }
@@ -70,6 +71,7 @@ class CudaModel {
 
   // x, normed, times matrices; each result goes to its place in y's rows.
   void multiply_normed(const std::vector<DeviceMatrix>& matrices, const float* norm, float* y, int64_t stride);
+  void draw(int first, int n);
   void add_to_residual(const DeviceMatrix& w, const float* in);
   size_t x_bytes() const { return sizeof(float) * static_cast<size_t>(shape_.n_tok) * static_cast<size_t>(c_.dim); }
   StepInputs& inputs() { return few_ ? few_inputs_ : many_inputs_; }
@@ -92,13 +94,14 @@ class CudaModel {
   StepInputs few_inputs_, many_inputs_;
   AttentionRoom room_;
   HostMemory few_logits_, many_logits_, x_on_host_;  // [8][vocab_size], [many_rows_][vocab_size], [max_tok][dim]
+  HostMemory drawn_;                                 // [max_tok]
   size_t many_rows_ = 0;
   StepGraphs graphs_;
   StepTimer timer_;
 
   // Of the step that runs.
   bool running_ = false, started_ = false, done_ = false, failed_ = false;
-  bool few_ = false;
+  bool few_ = false, draws_ = false;
   int n_out_ = 0;
   Mode mode_ = Mode::direct;
   GraphKey key_;

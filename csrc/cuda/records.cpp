@@ -70,20 +70,26 @@ ModelWeights weights_of(const PyllamaCudaModel& record) {
   return w;
 }
 
-Step step_of(const PyllamaCudaStep& record, std::vector<Span>& spans) {
-  spans.clear();
+Step step_of(const PyllamaCudaStep& record, StepLists& lists) {
+  lists.spans.clear();
   for (int i = 0; i < record.n_spans; i++) {
     const PyllamaCudaSpan& span = record.spans[i];
-    spans.push_back({span.first, span.n_tok, span.pos, span.pages});
+    lists.spans.push_back({span.first, span.n_tok, span.pos, span.pages});
+  }
+  lists.draws.clear();
+  for (int i = 0; record.draws && i < record.n_out; i++) {
+    const PyllamaCudaDraw& draw = record.draws[i];
+    lists.draws.push_back({draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.random});
   }
   Step step;
   step.n_tok = record.n_tok;
   step.tokens = record.tokens;
   step.pos = record.pos;
   step.n_spans = record.n_spans;
-  step.spans = spans.data();
+  step.spans = lists.spans.data();
   step.n_out = record.n_out;
   step.out_rows = record.out_rows;
+  step.draws = record.draws ? lists.draws.data() : nullptr;
   return step;
 }
 

@@ -14,8 +14,12 @@ namespace cuda {
 Config config_of(const PyllamaCudaModel& record);
 ModelWeights weights_of(const PyllamaCudaModel& record);
 
-// A step whose spans lie in `spans`.
-Step step_of(const PyllamaCudaStep& record, std::vector<Span>& spans);
+// What a Step points to and the table has in another form.
+struct StepLists {
+  std::vector<Span> spans;
+  std::vector<Draw> draws;
+};
+Step step_of(const PyllamaCudaStep& record, StepLists& lists);
 
 }  // namespace cuda
 }  // namespace pyllama

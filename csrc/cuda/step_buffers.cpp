@@ -29,8 +29,11 @@ void for_each_buffer(const StepShape& shape, StepBuffers& b, const Take& take) {
   floats(&b.h, tok * hidden_dim);
   floats(&b.cos, tok * static_cast<size_t>(c.head_dim / 2));
   floats(&b.sin, tok * static_cast<size_t>(c.head_dim / 2));
-  if (shape.head)
+  if (shape.head) {
     floats(&b.logits, static_cast<size_t>(std::min(max_tok, kLogitRows)) * static_cast<size_t>(c.vocab_size));
+    take(reinterpret_cast<void**>(&b.draw_room), draw_room_bytes(c.vocab_size));
+    take(reinterpret_cast<void**>(&b.drawn), tok * sizeof(int32_t));
+  }
   const ActivationSizes sizes = activation_sizes(std::max({c.dim, c.q_dim(), c.hidden_dim}), max_tok);
   take(reinterpret_cast<void**>(&b.activations.values), sizes.values_bytes);
   take(reinterpret_cast<void**>(&b.activations.sums), sizes.sums_bytes);

@@ -8,6 +8,7 @@
 #include "config.h"
 #include "cuda/activations.h"
 #include "cuda/attention.h"
+#include "cuda/draw.h"
 #include "cuda/runtime.h"
 
 namespace pyllama {
@@ -33,6 +34,8 @@ struct StepBuffers {
   float *cos = nullptr, *sin = nullptr;                            // [max_tok][head_dim/2]
   float* logits = nullptr;                                         // [kLogitRows, or max_tok if less][vocab_size]
   Activations activations;
+  uint8_t* draw_room = nullptr;  // of draw_room_bytes()
+  int32_t* drawn = nullptr;      // [max_tok]
 
  private:
   Memory memory_;

@@ -15,10 +15,11 @@ namespace cuda {
 // All that the launches of a step depend on.
 struct GraphKey {
   int n_tok = 0, n_spans = 0, max_span_tok = 0, max_keys = 0, n_out = 0;
+  bool draws = false;
 
   bool operator<(const GraphKey& b) const {
-    return std::tie(n_tok, n_spans, max_span_tok, max_keys, n_out) <
-           std::tie(b.n_tok, b.n_spans, b.max_span_tok, b.max_keys, b.n_out);
+    return std::tie(n_tok, n_spans, max_span_tok, max_keys, n_out, draws) <
+           std::tie(b.n_tok, b.n_spans, b.max_span_tok, b.max_keys, b.n_out, b.draws);
   }
 };
 

@@ -30,6 +30,7 @@ void StepInputs::reserve(int n_tok, int64_t n_pages) {
   place(tok, sizeof(int32_t));  // tokens
   pos_ = place(tok, sizeof(int32_t));
   out_rows_ = place(tok, sizeof(int32_t));
+  draws_ = place(tok, sizeof(DrawRow));
   spans_ = place(tok, sizeof(DeviceSpan));
   own_pages_ = place(tok, sizeof(uint8_t*));
   pages_ = place(static_cast<size_t>(n_pages), sizeof(uint8_t*));
@@ -40,10 +41,11 @@ void StepInputs::reserve(int n_tok, int64_t n_pages) {
   max_pages_ = n_pages;
 }
 
-void StepInputs::set(const Step& step, const DevicePages& pages) {
+void StepInputs::set(const Step& step, const DevicePages& pages, int vocab_size) {
   std::copy_n(step.tokens, step.n_tok, on_host<int32_t>(0));
   std::copy_n(step.pos, step.n_tok, on_host<int32_t>(pos_));
   std::copy_n(step.out_rows, step.n_out, on_host<int32_t>(out_rows_));
+  for (int i = 0; step.draws && i < step.n_out; i++) on_host<DrawRow>(draws_)[i] = draw_row(step.draws[i], vocab_size);
   auto* const spans = on_host<DeviceSpan>(spans_);
   auto* const own = on_host<uint8_t*>(own_pages_);
   auto* const all = on_host<uint8_t*>(pages_);

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "error.h"
+#include "model/portable_math.h"
 
 namespace pyllama {
 namespace {
@@ -17,8 +18,9 @@ struct Plan {
   std::vector<Span> spans;
   std::vector<int32_t> out_rows;
   std::vector<int> first_out;  // per item: its first row in the logits, if it has any
+  std::vector<Draw> draws;     // as out_rows, if the backend is to draw the tokens
 
-  explicit Plan(const std::vector<StepItem>& batch);
+  Plan(const std::vector<StepItem>& batch, bool backend_draws);
   Step step() const;
 };
 
@@ -28,7 +30,22 @@ bool needs_logits(const StepItem& item, int i) {
   return item.wanted == LogitsWanted::all || (last && (item.sampler || item.wanted == LogitsWanted::last));
 }
 
-Plan::Plan(const std::vector<StepItem>& batch) {
+// Whether a backend can draw the item's tokens: it has the logits, and neither the tokens before nor room for reports.
+bool can_be_drawn(const StepItem& item) {
+  if (item.wanted != LogitsWanted::none) return false;
+  if (!item.sampler) return true;
+  const SamplerParams& p = *item.sampler;
+  return p.repetition_penalty == 1 && p.presence_penalty == 0 && p.frequency_penalty == 0 && p.logit_bias.empty() &&
+         p.logprobs < 0;
+}
+
+// `position`: of the token to be drawn.
+Draw draw_of(const SamplerParams& p, int position) {
+  return {p.temperature, p.top_k, p.top_p, p.min_p, uniform_bits(p.seed, static_cast<uint64_t>(position))};
+}
+
+Plan::Plan(const std::vector<StepItem>& batch, bool backend_draws) {
+  backend_draws = backend_draws && std::all_of(batch.begin(), batch.end(), can_be_drawn);
   for (const StepItem& item : batch) {
     const int n_past = static_cast<int>(item.sequence->history().size());
     const int first = static_cast<int>(tokens.size());
@@ -37,7 +54,9 @@ Plan::Plan(const std::vector<StepItem>& batch) {
     for (int i = 0; i < item.n_tok(); ++i) {
       tokens.push_back(item.tokens[static_cast<size_t>(i)]);
       pos.push_back(n_past + i);
-      if (needs_logits(item, i)) out_rows.push_back(first + i);
+      if (!needs_logits(item, i)) continue;
+      out_rows.push_back(first + i);
+      if (backend_draws) draws.push_back(draw_of(*item.sampler, n_past + i + 1));
     }
   }
 }
@@ -51,6 +70,7 @@ Step Plan::step() const {
   step.spans = spans.data();
   step.n_out = static_cast<int>(out_rows.size());
   step.out_rows = out_rows.data();
+  step.draws = draws.empty() ? nullptr : draws.data();
   return step;
 }
 
@@ -148,6 +168,20 @@ std::vector<Sampled> sample_item(Sampler& sampler, const StepItem& item, const f
   return sampled;
 }
 
+// The same of tokens that the backend has drawn. `tokens`: [1 + n_draft].
+std::vector<Sampled> take_drawn(const StepItem& item, const int32_t* tokens) {
+  std::vector<Sampled> sampled;
+  for (int row = 0; row <= item.n_draft; ++row) {
+    const int n_fed = item.n_tok() - item.n_draft + row;
+    check(tokens[row] >= 0, "logits are not finite at position ",
+          static_cast<int>(item.sequence->history().size()) + n_fed - 1, ": the weights hold NaN or overflow");
+    sampled.emplace_back();
+    sampled.back().token = tokens[row];
+    if (row < item.n_draft && item.tokens[static_cast<size_t>(n_fed)] != tokens[row]) break;
+  }
+  return sampled;
+}
+
 std::vector<int> lengths(const std::vector<StepItem>& batch) {
   std::vector<int> n_past;
   for (const StepItem& item : batch) n_past.push_back(item.sequence->n_past());
@@ -205,18 +239,22 @@ std::vector<std::vector<Sampled>> run_step(const Model& model, Sampler& sampler,
                                            const std::function<void()>& poll) {
   check_batch(model, batch);
   Prepared prepared(batch);
-  const Plan plan(batch);
+  Backend& backend = model.backend();
+  const Plan plan(batch, backend.can_draw());
   forward(model, plan, poll);
 
   std::vector<std::vector<Sampled>> results(batch.size());
   const auto vocab_size = static_cast<size_t>(model.config().vocab_size);
-  const float* logits = plan.out_rows.empty() ? nullptr : model.backend().logits();
+  const int32_t* drawn = plan.draws.empty() ? nullptr : backend.drawn();
+  const float* logits = plan.out_rows.empty() || drawn ? nullptr : backend.logits();
   for (size_t i = 0; i < batch.size(); ++i) {
     const StepItem& item = batch[i];
     const auto first = static_cast<size_t>(plan.first_out[i]);
     const auto n_rows = static_cast<size_t>(item.n_logit_rows());
     if (n_rows > 0) std::copy_n(logits + first * vocab_size, n_rows * vocab_size, item.logits_out);
-    if (item.sampler) {
+    if (item.sampler && drawn) {
+      results[i] = take_drawn(item, drawn + first);
+    } else if (item.sampler) {
       const size_t row = n_rows > 0 ? first + n_rows - 1 : first;
       results[i] = sample_item(sampler, item, logits + row * vocab_size, model.config().vocab_size);
     }

@@ -15,7 +15,19 @@ import pytest
 from numpy.typing import NDArray
 
 from pyllama import _C
-from tests.helpers_models import DENSE, QUANTIZED, Kind, Shape, SmallModel, all_logits, random_tokens, small_model
+from pyllama.common.errors import ModelFormatError
+from pyllama.common.formats import TensorSpec, dense
+from tests.helpers_models import (
+    DENSE,
+    QUANTIZED,
+    Kind,
+    Shape,
+    SmallModel,
+    all_logits,
+    native_weight,
+    random_tokens,
+    small_model,
+)
 from tests.oracle import Llama
 
 from .conftest import ON_DEVICE, Emulated
@@ -176,6 +188,51 @@ def test_guesses_change_nothing() -> None:
     assert tokens == expected[: len(tokens)]
 
 
+SAMPLERS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.8, "seed": 5},
+    {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "seed": 6},
+]
+
+
+def test_tokens_drawn_on_the_device_are_the_samplers() -> None:
+    """In one step, alone and together, drawn on the device and, where a log-probability is wanted, on the host."""
+    small = small_model(SMALL, Kind("q4", 32))
+    model, prompt = on_cuda(small), random_tokens(small, 11)
+
+    def generate(samplers: list[Any]) -> list[list[int]]:
+        items = [(model.sequence(), prompt[i:], sampler, "none") for i, sampler in enumerate(samplers)]
+        return [[s.token for s in result.samples] for result in model.step(items, n_more=11)]
+
+    on_host = generate([_C.Sampler(**s, logprobs=0) for s in SAMPLERS])
+    assert generate([_C.Sampler(**s) for s in SAMPLERS]) == on_host
+    assert generate([_C.Sampler(**SAMPLERS[0])]) == on_host[:1]
+    one_reports = [_C.Sampler(**s, logprobs=0 if i == 1 else -1) for i, s in enumerate(SAMPLERS)]
+    assert generate(one_reports) == on_host  # all on the host
+    assert len({tuple(tokens) for tokens in on_host}) == 3
+
+
+def test_logits_that_are_not_finite_end_the_step() -> None:
+    """Told as by the CPU, also where the logits stay on the device; nothing of the step counts."""
+    small = small_model(SMALL, Kind("q4", 32))
+    spec = TensorSpec("norm", "f32", (SMALL.dim,))
+    broken = dense(spec, np.full(SMALL.dim, np.nan, np.float32))
+    small.weights["norm"] = native_weight(spec, broken)
+    model = on_cuda(small)
+    sequence = model.sequence()
+    with pytest.raises(ModelFormatError, match="logits are not finite at position 2"):
+        model.step([(sequence, [1, 2, 3], _C.Sampler(), "none")])
+    assert sequence.n_past == 0
+
+
+def test_a_prompt_with_logits_and_drawn_tokens_beside_each_other() -> None:
+    small = small_model(SMALL, Kind("q8", 32))
+    model, tokens = on_cuda(small), random_tokens(small, 20)
+    drawn = model.step([(model.sequence(), tokens, _C.Sampler(temperature=0.0), "none")])[0]
+    seen = model.step([(model.sequence(), tokens, _C.Sampler(temperature=0.0), "last")])[0]
+    assert drawn.logits is None and drawn.token == seen.token == int(np.argmax(seen.logits))
+
+
 def test_forks_and_truncated_sequences() -> None:
     """Shared pages, pages copied when somebody writes into them, and positions written twice."""
     small = small_model(SMALL, Kind("q4", 32))
@@ -280,7 +337,7 @@ def test_it_takes_what_it_says(cuda_library: Path, kv_dtype: str) -> None:
         )
         before = free_bytes()
         model = on_cuda(small, kv_dtype=kv_dtype)
-        inputs = 8 * 4 * 3 + 8 * 16 + 8 * 8 + 8 * 8 * 8 + shape.head_dim // 2 * 4
+        inputs = 8 * 4 * 3 + 8 * 48 + 8 * 16 + 8 * 8 + 8 * 8 * 8 + shape.head_dim // 2 * 4
         assert before - free_bytes() == sizes["weights"] + sizes["buffers"] + inputs
         assert sizes["page"] == model.page_bytes
         del model
