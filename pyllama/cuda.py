@@ -109,7 +109,7 @@ def free_bytes(index: int) -> int:
 def measure_bandwidth(device: CudaDevice) -> float:
     """GB/s of a streaming read of a device's memory."""
     native = load_native().cuda
-    n_bytes = _PROBE_BYTES if device.emulated else min(_MEASURED_BYTES, device.free_bytes // 2) // 16 * 16
+    n_bytes = _PROBE_BYTES if device.emulated else min(_MEASURED_BYTES, free_bytes(device.index) // 2) // 16 * 16
     return float(native.read_bandwidth(native.library_path(), device.index, n_bytes))
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from . import sizes
+from .common.errors import DeviceError
 from .cuda import CudaDevice, check_device, choose_device, free_bytes, measure_bandwidth
 from .memory import available_bytes
 from .plan import GpuLayers, Plan, Planner, check_gpu_layers, make_plan
@@ -41,6 +42,8 @@ class Placement:
         check_gpu_layers(gpu_layers, self.n_layers)
         self._cuda, self._note = choose_device(device, opened.config)
         self.gpu_layers = 0
+        if self._cuda is None and gpu_layers not in ("auto", 0):
+            raise DeviceError(f'gpu_layers={gpu_layers!r}: {self._note}; gpu_layers goes with device="cuda"')
         if self._cuda is not None:
             plan = self._plan_for(self._cuda, gpu_layers)
             if device == "auto" and gpu_layers == "auto" and not plan.gpu_layers:

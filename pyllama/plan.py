@@ -14,7 +14,7 @@ from typing import Any
 from . import sizes
 from .common.errors import DeviceError
 from .common.formats import TensorSpec
-from .cuda import CudaDevice, choose_device
+from .cuda import CudaDevice, check_device, choose_device
 from .memory import available_bytes
 
 # Left free on a device: what CUDA and graphs take, attention's buffers over long contexts, the last slab of pages.
@@ -246,11 +246,17 @@ def plan_model(
     from .open import describe_model
 
     check_gpu_layers(gpu_layers)
+    check_device(device)
+    if device == "cpu" and (device_free is not None or gpu_layers not in ("auto", 0)):
+        raise ValueError('device="cpu" has no layers on a device: leave gpu_layers and device_free away')
     described = describe_model(path)
     planner = Planner(described.config, described.specs, n_ctx, kv_dtype)
     name = (described.config.get("source") or {}).get("name") or described.path.name
     chosen, note = choose_device(device, described.config) if device_free is None else (None, None)
     if device_free is not None:
+        trouble = sizes.unsupported_on_device(described.config)
+        if trouble is not None:
+            raise DeviceError(f'device="{device}": {trouble}')
         chosen = CudaDevice(0, "not here", device_free, device_free)
     return make_plan(planner, name, chosen, gpu_layers, note)
 

@@ -2,8 +2,8 @@
 
 Fails when a kernel spills registers, has a stack frame, or takes more registers than its source promises, or more
 instructions a weight (or a matrix instruction) in its inner loop. Needs nvcc and no device; without nvcc it says so and
-passes. Instructions are counted where nvdisasm is there (in PATH, or from PyPI: nvidia-cuda-nvdisasm). It runs nothing
-and measures no time.
+passes. Instructions are counted where nvdisasm is there (in PATH, or from the package nvidia-cuda-nvdisasm). It runs
+nothing and measures no time.
 
 A source file promises in comments, whose first word is a part of the kernel's name, plain or mangled:
 

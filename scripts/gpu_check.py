@@ -117,7 +117,9 @@ def run_job(job: Job, deadline: float, not_built: set[str]) -> Outcome:
 def reason(output: str, code: int) -> str:
     """What of a failed job's output says why, in a few lines."""
     if code == SANITIZER_CODE:
-        return "\n".join(dict.fromkeys(line.strip("= ")[:200] for line in FOUND_BY_SANITIZER.findall(output)[:4]))
+        found = "\n".join(dict.fromkeys(line.strip("= ")[:200] for line in FOUND_BY_SANITIZER.findall(output)[:4]))
+        if found:
+            return found
     if exits := re.findall(r"^!+ _pytest\.outcomes\.Exit: (.*?) !+$", output, re.M):
         return str(exits[-1])[:300]
     lines = [line[:200] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
@@ -232,6 +234,7 @@ def bench_jobs(out: Path, seconds: float) -> list[Job]:
     """With the device to themselves, within so many seconds together."""
 
     def job(name: str, module: str, share: float, json_file: Path, *more: str, **environment: str) -> Job:
+        json_file.unlink(missing_ok=True)  # of an earlier check
         command = [sys.executable, "-m", f"benchmarks.{module}", "--json", str(json_file), *more]
         command += ["--seconds", f"{seconds * share:.0f}"]
         return Job("measurements", name, command, seconds * share + 20, environment, BOTH, told=True)

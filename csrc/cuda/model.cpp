@@ -102,6 +102,14 @@ CudaModel::CudaModel(const Config& config, const ModelWeights& weights, const Mo
   stream_.wait();
 }
 
+// Another thread may close the model, whose current device is another one.
+CudaModel::~CudaModel() {
+  try {
+    stream_.make_current();
+  } catch (...) {  // a device that is lost frees nothing anyway
+  }
+}
+
 // ---- a step
 
 // Everything that takes memory happens here, since a recording may not.
@@ -113,7 +121,9 @@ void CudaModel::begin(const Step& step) {
   failed_ = true;  // until the last verb has waited
   running_ = true;
   choose_shape(step);
-  const AttendRoom need = attend_room(cache_, shape_);
+  AttendShape largest = shape_;  // so that the room seldom grows, which frees memory and loses the graphs
+  largest.max_keys = keys_bucket(shape_.max_keys);
+  const AttendRoom need = attend_room(cache_, largest);
   if (!room_.fits(need)) {
     graphs_.clear();  // they know the old room
     room_.reserve(stream_, need);
@@ -184,6 +194,7 @@ void CudaModel::finish() {
     stream_.run(graphs_.put(key_, std::move(graph)));
   }
   stream_.wait();
+  if (few_ && mode_ == Mode::direct) graphs_.ran(key_);
   timer_.collect();
   done_ = true;
   failed_ = false;
@@ -194,6 +205,7 @@ void CudaModel::end() noexcept {
   running_ = false;
   recording_.reset();  // an exception came in between: what was recorded is not to be done
   if (!failed_) return;
+  if (started_) graphs_.forget(key_);
   try {
     stream_.wait();  // nobody may get a page that a kernel still writes to
     room_.set_to_zero(stream_);

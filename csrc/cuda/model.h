@@ -39,6 +39,10 @@ class CudaModel {
   // many layers would fit.
   CudaModel(const Config& config, const ModelWeights& weights, const ModelOptions& options);
 
+  CudaModel(const CudaModel&) = delete;
+  CudaModel& operator=(const CudaModel&) = delete;
+  ~CudaModel();
+
   DevicePages& pages() { return pages_; }
 
   void begin(const Step& step);

@@ -15,17 +15,18 @@ constexpr size_t kMostGraphs = 32;
 
 bool StepGraphs::seen(const GraphKey& key) {
   const auto found = entries_.find(key);
-  if (found != entries_.end()) {
-    found->second.last_used = ++uses_;
-    return true;
-  }
-  if (entries_.size() == kMostGraphs) {
+  if (found == entries_.end()) return false;
+  found->second.last_used = ++uses_;
+  return true;
+}
+
+void StepGraphs::ran(const GraphKey& key) {
+  if (entries_.size() == kMostGraphs && entries_.count(key) == 0) {
     entries_.erase(std::min_element(entries_.begin(), entries_.end(), [](const auto& a, const auto& b) {
       return a.second.last_used < b.second.last_used;
     }));
   }
   entries_[key].last_used = ++uses_;
-  return false;
 }
 
 const Graph* StepGraphs::find(const GraphKey& key) const {

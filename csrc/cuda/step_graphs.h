@@ -25,8 +25,10 @@ struct GraphKey {
 
 class StepGraphs {
  public:
-  // Whether a step of this shape ran before, which from now on counts.
+  // Whether a step of this shape ran before; one that failed half-way has not loaded all kernels, and does not count.
   bool seen(const GraphKey& key);
+  void ran(const GraphKey& key);
+  void forget(const GraphKey& key) noexcept { entries_.erase(key); }
   const Graph* find(const GraphKey& key) const;  // null until put()
   const Graph& put(const GraphKey& key, Graph graph);
   void clear() { entries_.clear(); }

@@ -102,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         for test in tests:
             print(f"{test.name}: {arguments.repetitions} runs …", file=sys.stderr, flush=True)
             records.append(bench.measure(test, arguments.repetitions, arguments.profile))
+        del bench  # a device may not hold the next one beside it
     print(json_text(records, indent=2) if arguments.output == "json" else safe(markdown(records)))
     return 0
 

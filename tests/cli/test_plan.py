@@ -80,6 +80,14 @@ def test_errors(gguf: Path, capsys: Captured) -> None:
     assert main(["plan", "/nowhere"]) == 1
 
 
+def test_layers_on_the_cpu_are_none_on_a_device(gguf: Path) -> None:
+    for options in ({"device_free": 10**12}, {"gpu_layers": 1}):
+        with pytest.raises(ValueError, match='device="cpu" has no layers on a device'):
+            plan_model(gguf, device="cpu", **options)
+    with pytest.raises(ValueError, match="device="):
+        plan_model(gguf, device="gpu", device_free=10**12)
+
+
 def test_sizes_of_memory(gguf: Path) -> None:
     from pyllama.cli.plan import n_bytes
 

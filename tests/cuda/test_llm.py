@@ -75,6 +75,9 @@ def test_auto_never_takes_the_emulation() -> None:
     with tiny_llm(device="auto") as llm:
         assert llm.device == "cpu" and llm.gpu_layers == 0
         assert llm.plan().notes == ["no CUDA: PYLLAMA_CUDA_LIBRARY names the emulation, which is for tests"]
+    for wish in ("all", 1):  # never ignored
+        with pytest.raises(DeviceError, match=r"gpu_layers=.*: no CUDA: .* goes with device=\"cuda\""):
+            tiny_llm(device="auto", gpu_layers=wish)
 
 
 @emulation_only("memory on demand")
