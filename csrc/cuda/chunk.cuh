@@ -20,6 +20,37 @@ struct WeightKind {
   static constexpr int kParts = codes == Codes::half_pair ? 2 : 1;  // fragments for 16 columns
 };
 
+// use(kind) with the WeightKind of a matrix.
+template <class Use>
+void with_weight_kind(const Fragments& w, const Use& use) {
+  const bool group32 = w.group == 32;
+  switch (w.kind) {
+    case Codes::q4nl:
+      return group32 ? use(WeightKind<Codes::q4nl, Offset::none, true>{})
+                     : use(WeightKind<Codes::q4nl, Offset::none, false>{});
+    case Codes::q8:
+      return group32 ? use(WeightKind<Codes::q8, Offset::none, true>{})
+                     : use(WeightKind<Codes::q8, Offset::none, false>{});
+    case Codes::half:
+      return use(WeightKind<Codes::half, Offset::none, false>{});
+    case Codes::half_pair:
+      return use(WeightKind<Codes::half_pair, Offset::none, false>{});
+    case Codes::q4:
+      break;
+  }
+  switch (w.offset) {
+    case Offset::none:
+      return group32 ? use(WeightKind<Codes::q4, Offset::none, true>{})
+                     : use(WeightKind<Codes::q4, Offset::none, false>{});
+    case Offset::minimum:
+      return group32 ? use(WeightKind<Codes::q4, Offset::minimum, true>{})
+                     : use(WeightKind<Codes::q4, Offset::minimum, false>{});
+    case Offset::zero_point:
+      return group32 ? use(WeightKind<Codes::q4, Offset::zero_point, true>{})
+                     : use(WeightKind<Codes::q4, Offset::zero_point, false>{});
+  }
+}
+
 template <class Kind>
 struct WeightChunk {
   uint4 codes[Kind::kLoads];

@@ -46,40 +46,15 @@ void launch_kind(Stream& stream, const FewArgs<Epilogue>& args, int multiprocess
          Start::kEarly);
 }
 
-template <Codes codes, Offset offset, class Epilogue>
-void launch_group(Stream& stream, const FewArgs<Epilogue>& args, int multiprocessors) {
-  if (args.w.group == 32) {
-    launch_kind<FewKind<codes, offset, true>>(stream, args, multiprocessors);
-  } else {
-    launch_kind<FewKind<codes, offset, false>>(stream, args, multiprocessors);
-  }
-}
-
 template <class Epilogue>
 void launch_few(Stream& stream, const FewArgs<Epilogue>& args, int multiprocessors) {
   check<std::invalid_argument>(args.n_tokens >= 1 && args.n_tokens <= kFewTokens, args.n_tokens,
                                " tokens for the product of few; expected 1 to ", kFewTokens);
   check<std::invalid_argument>(multiprocessors >= 1, multiprocessors, " multiprocessors; expected at least 1");
-  switch (args.w.kind) {
-    case Codes::q4nl:
-      return launch_group<Codes::q4nl, Offset::none>(stream, args, multiprocessors);
-    case Codes::q8:
-      return launch_group<Codes::q8, Offset::none>(stream, args, multiprocessors);
-    case Codes::half:
-      return launch_kind<FewKind<Codes::half, Offset::none, false>>(stream, args, multiprocessors);
-    case Codes::half_pair:
-      return launch_kind<FewKind<Codes::half_pair, Offset::none, false>>(stream, args, multiprocessors);
-    case Codes::q4:
-      break;
-  }
-  switch (args.w.offset) {
-    case Offset::none:
-      return launch_group<Codes::q4, Offset::none>(stream, args, multiprocessors);
-    case Offset::minimum:
-      return launch_group<Codes::q4, Offset::minimum>(stream, args, multiprocessors);
-    case Offset::zero_point:
-      return launch_group<Codes::q4, Offset::zero_point>(stream, args, multiprocessors);
-  }
+  with_weight_kind(args.w, [&](auto kind) {
+    using Weights = decltype(kind);
+    launch_kind<FewKind<Weights::kCodes, Weights::kOffset, Weights::kGroup32>>(stream, args, multiprocessors);
+  });
 }
 
 }  // namespace

@@ -64,35 +64,10 @@ void launch_weights(Stream& stream, const ManyArgs& args, int multiprocessors) {
   launch_shape<ManyKind<Weights, 4>>(stream, args);
 }
 
-template <Codes codes, Offset offset>
-void launch_group(Stream& stream, const ManyArgs& args, int multiprocessors) {
-  if (args.w.group == 32) return launch_weights<WeightKind<codes, offset, true>>(stream, args, multiprocessors);
-  launch_weights<WeightKind<codes, offset, false>>(stream, args, multiprocessors);
-}
-
 void launch_many(Stream& stream, const ManyArgs& args, int multiprocessors) {
   check<std::invalid_argument>(args.n_tokens >= 1, args.n_tokens, " tokens for a product; expected at least 1");
   check<std::invalid_argument>(multiprocessors >= 1, multiprocessors, " multiprocessors; expected at least 1");
-  switch (args.w.kind) {
-    case Codes::q4nl:
-      return launch_group<Codes::q4nl, Offset::none>(stream, args, multiprocessors);
-    case Codes::q8:
-      return launch_group<Codes::q8, Offset::none>(stream, args, multiprocessors);
-    case Codes::half:
-      return launch_weights<WeightKind<Codes::half, Offset::none, false>>(stream, args, multiprocessors);
-    case Codes::half_pair:
-      return launch_weights<WeightKind<Codes::half_pair, Offset::none, false>>(stream, args, multiprocessors);
-    case Codes::q4:
-      break;
-  }
-  switch (args.w.offset) {
-    case Offset::none:
-      return launch_group<Codes::q4, Offset::none>(stream, args, multiprocessors);
-    case Offset::minimum:
-      return launch_group<Codes::q4, Offset::minimum>(stream, args, multiprocessors);
-    case Offset::zero_point:
-      return launch_group<Codes::q4, Offset::zero_point>(stream, args, multiprocessors);
-  }
+  with_weight_kind(args.w, [&](auto kind) { launch_weights<decltype(kind)>(stream, args, multiprocessors); });
 }
 
 }  // namespace
