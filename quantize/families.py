@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import shown
 
-from .readers.source import SourceTensor, Stored, StoredTensor
+from .readers.source import Rows, SourceTensor, Stored, is_zero
 
 # Largest values that a config may claim; far above any model of this kind, far below what would overflow anything.
 LIMITS = {
@@ -381,7 +381,7 @@ def _side(config: Mapping[str, Any], side: str) -> int:
 
 
 def _wrong_shape(
-    family: Family, tensor: StoredTensor, name: str, shape: tuple[int, ...], sides: tuple[str, ...], where: str
+    family: Family, tensor: Rows, name: str, shape: tuple[int, ...], sides: tuple[str, ...], where: str
 ) -> NoReturn:
     names = dict.fromkeys(part for side in sides for part in side.split("*"))
     raise ModelFormatError(
@@ -390,7 +390,7 @@ def _wrong_shape(
     )
 
 
-def _check_rest(family: Family, left: dict[str, StoredTensor], where: str) -> None:
+def _check_rest(family: Family, left: dict[str, Rows], where: str) -> None:
     """Refuses tensors that are neither ignored nor, where they must be, all zero."""
     ignored, zero_only = _matcher(family.ignored), _matcher(family.zero_only)
     extra = {name: tensor for name, tensor in left.items() if not ignored.fullmatch(name)}
@@ -401,7 +401,7 @@ def _check_rest(family: Family, left: dict[str, StoredTensor], where: str) -> No
             f"{where}: tensor {shown(strange[0])}{more} does not belong to a {family.architecture} model"
         )
     for name, tensor in extra.items():
-        if tensor.data().any():
+        if not tensor.supported or not is_zero(tensor):
             raise ModelFormatError(f"{where}: tensor {name} is not zero; a bias there is not supported in this version")
 
 

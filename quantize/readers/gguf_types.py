@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pyllama.common.formats import Packed
 
-from .source import DENSE_TYPES, StoredType
+from .source import DENSE_TYPES, Grid, StoredType
 
 Array = NDArray[Any]
 
@@ -95,9 +95,9 @@ def _decode_q6_k(rows: Array) -> NDArray[np.float32]:
 GGUF_TYPES: dict[int, StoredType] = {
     0: DENSE_TYPES["F32"],
     1: DENSE_TYPES["F16"],
-    2: StoredType("Q4_0", 32, Q4_0.itemsize, _decode_q4_0, "q4", 32, "", _repack_q4_0),
-    3: StoredType("Q4_1", 32, Q4_1.itemsize, _decode_q4_1, "q4a", 32, "f16", _repack_q4_1),
-    8: StoredType("Q8_0", 32, Q8_0.itemsize, _decode_q8_0, "q8", 32, "", _repack_q8_0),
+    2: StoredType("Q4_0", 32, Q4_0.itemsize, _decode_q4_0, Grid("q4", 32), _repack_q4_0),
+    3: StoredType("Q4_1", 32, Q4_1.itemsize, _decode_q4_1, Grid("q4a", 32, offset="f16"), _repack_q4_1),
+    8: StoredType("Q8_0", 32, Q8_0.itemsize, _decode_q8_0, Grid("q8", 32), _repack_q8_0),
     14: StoredType("Q6_K", 256, Q6_K.itemsize, _decode_q6_k),
     30: DENSE_TYPES["BF16"],
 }

@@ -1,13 +1,15 @@
-"""What every reader hands over: a Source of SourceTensors with canonical names; how a stored tensor becomes numbers.
+"""What every reader hands over: a Source of SourceTensors with canonical names; where their numbers come from.
 
-A tensor stays where it lies in its mapped file until `read` or `read_packed` asks for it, whole or by rows; temporaries
-are a few MiB whatever the tensor's size. Values that are not finite are refused here, once for everything behind.
-This module knows no file format: readers give it bytes, a StoredType and, where rows are interleaved, their order.
+`Rows` is a tensor as the source has it: bytes of a container (`StoredTensor`), some rows of another tensor (`Slice`),
+parts of several (`Joined`), or whatever a reader computes. It stays where it lies in its mapped file until somebody
+asks for some of its rows. `SourceTensor` is what conversion sees: values in the order of docs/FORMAT.md, checked to be
+finite once for everything behind, made in steps of a few MiB whatever the tensor's size. No file format is known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,24 +21,86 @@ from pyllama.common.formats import Packed, TensorSpec, from_bf16
 from pyllama.common.reader import BoundedFile, shown
 
 Array = NDArray[Any]
+Index = NDArray[np.intp]
 _STEP_WEIGHTS = 1 << 20  # weights decoded at a time: 4 MiB of float32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The format of ours that holds a tensor's values; fields as in TensorSpec.
+
+    exact: the same values. Otherwise codes are taken over, and scales and offsets rounded to what the format stores.
+    """
+
+    format: str
+    group: int = 0
+    scale: str = "f16"
+    offset: str = ""
+    codebook: tuple[int, ...] = ()
+    input_order: bool = False
+    exact: bool = True
+
+    def spec(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
+        """A tensor of this grid."""
+        return TensorSpec(
+            name,
+            self.format,
+            shape,
+            group=self.group,
+            scale=self.scale,
+            offset=self.offset,
+            codebook=self.codebook,
+            input_order=self.input_order,
+        )
+
+
+class Rows(ABC):
+    """A tensor as its source has it. A matrix [N, K] has N rows; a vector [N] has N rows of one number.
+
+    name: in the source. type_name: the source's own name of its type, as `Q4_1`. where: the path for messages.
+    n_bytes: its size there. supported: False for a type that exists but cannot be read.
+    """
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+    @property
+    @abstractmethod
+    def where(self) -> str: ...
+
+    @property
+    def supported(self) -> bool:
+        return True
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of ours that it lies on, if there is one; always None for vectors."""
+        return None
+
+    @abstractmethod
+    def read(self, index: Index) -> NDArray[np.float32]:
+        """The rows `index` as float32 [len(index), K], of a vector [len(index)]; possibly not finite."""
+
+    def read_packed(self, index: Index) -> Packed:
+        """Codes, scales and offsets of the rows `index`, on `grid`; possibly not finite."""
+        raise ValueError(f"{self.name}: {self.type_name} {list(self.shape)} has no grid of ours; use read()")
 
 
 @dataclass(frozen=True)
 class StoredType:
     """How a container stores rows of numbers: `block` weights take `block_bytes` bytes.
 
-    decode: uint8 [n, row_bytes] -> float32 [n, K], exactly. format, group, offset: the grid of ours that holds the same
-    values, "" where there is none. repack: uint8 [n, row_bytes] -> Packed of that grid.
+    decode: uint8 [n, row_bytes] -> float32 [n, K], exactly. grid: the grid of ours that holds the same values, and
+    repack: uint8 [n, row_bytes] -> Packed of that grid; None where there is none.
     """
 
     name: str
     block: int
     block_bytes: int
     decode: Callable[[Array], NDArray[np.float32]]
-    format: str = ""
-    group: int = 0
-    offset: str = ""
+    grid: Grid | None = None
     repack: Callable[[Array], Packed] | None = None
 
     def row_bytes(self, k: int) -> int:
@@ -57,23 +121,23 @@ DENSE_TYPES: dict[str, StoredType] = {
     row.name: row
     for row in (
         StoredType("F64", 1, 8, _decode_f64),
-        StoredType("F32", 1, 4, lambda r: r.view("<f4"), "f32", repack=lambda r: Packed(r.view("<f4").copy())),
+        StoredType("F32", 1, 4, lambda r: r.view("<f4"), Grid("f32"), lambda r: Packed(r.view("<f4").copy())),
         StoredType(
             "F16",
             1,
             2,
             lambda r: r.view("<f2").astype(np.float32),
-            "f16",
-            repack=lambda r: Packed(r.view("<f2").copy()),
+            Grid("f16"),
+            lambda r: Packed(r.view("<f2").copy()),
         ),
-        StoredType("BF16", 1, 2, _decode_bf16, "bf16", repack=lambda r: Packed(r.view("<u2").copy())),
+        StoredType("BF16", 1, 2, _decode_bf16, Grid("bf16"), lambda r: Packed(r.view("<u2").copy())),
     )
 }
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as its container has it: bytes [start, start + n_bytes) of `file`, in rows of `type_name`.
+class StoredTensor(Rows):
+    """Bytes [start, start + n_bytes) of `file`, in rows of `type_name`.
 
     The container has checked that the bytes are there and that they are what shape and type demand.
     """
@@ -86,64 +150,248 @@ class StoredTensor:
     start: int
     n_bytes: int
 
+    @property
+    def where(self) -> str:
+        return str(self.file.path)
+
+    @property
+    def supported(self) -> bool:
+        return self.type is not None
+
+    @property
+    def grid(self) -> Grid | None:
+        return self.type.grid if self.type is not None and len(self.shape) == 2 else None
+
     def data(self) -> Array:
         """The bytes, uint8, mapped."""
         return self.file.map(self.start, self.n_bytes, what=f"tensor {shown(self.name)}")
+
+    def read(self, index: Index) -> NDArray[np.float32]:
+        kind = self._type()
+        if len(self.shape) == 1:
+            return kind.decode(self.data().reshape(1, -1)).reshape(-1)[index]
+        return kind.decode(self._bytes(kind, index))
+
+    def read_packed(self, index: Index) -> Packed:
+        kind = self._type()
+        if self.grid is None or kind.repack is None:
+            return super().read_packed(index)
+        return kind.repack(self._bytes(kind, index))
+
+    def _type(self) -> StoredType:
+        if self.type is None:
+            raise ValueError(f"{self.name}: type {self.type_name} cannot be read")
+        return self.type
+
+    def _bytes(self, kind: StoredType, index: Index) -> Array:
+        """The stored rows `index`, uint8 [len(index), row_bytes]."""
+        whole = self.data().reshape(self.shape[0], kind.row_bytes(self.shape[1]))
+        if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):  # a view, nothing copied
+            return whole[index[0] : index[0] + len(index)]
+        return np.ascontiguousarray(whole[index])
+
+
+class Slice(Rows):
+    """Rows [first, first + n) of another tensor, under a name of its own."""
+
+    def __init__(self, name: str, whole: Rows, first: int, n: int) -> None:
+        if not 0 <= first < first + n <= whole.shape[0]:
+            raise ModelFormatError(
+                f"{whole.where}: tensor {shown(whole.name)} has {whole.shape[0]} rows, expected at least {first + n}"
+            )
+        self.name = name
+        self.type_name = whole.type_name
+        self.shape = (n, *whole.shape[1:])
+        self.n_bytes = whole.n_bytes * n // whole.shape[0]
+        self._whole, self._first = whole, first
+
+    @property
+    def where(self) -> str:
+        return self._whole.where
+
+    @property
+    def supported(self) -> bool:
+        return self._whole.supported
+
+    @property
+    def grid(self) -> Grid | None:
+        return self._whole.grid
+
+    def read(self, index: Index) -> NDArray[np.float32]:
+        return self._whole.read(index + self._first)
+
+    def read_packed(self, index: Index) -> Packed:
+        return self._whole.read_packed(index + self._first)
+
+
+class Joined(Rows):
+    """Parts of one tensor one after the other: below one another (axis 0) or side by side (axis 1, matrices only)."""
+
+    def __init__(self, name: str, parts: Sequence[Rows], axis: int) -> None:
+        first = parts[0]
+        for part in parts[1:]:
+            if len(part.shape) != len(first.shape) or any(
+                a != b for i, (a, b) in enumerate(zip(part.shape, first.shape, strict=True)) if i != axis
+            ):
+                raise ModelFormatError(
+                    f"{part.where}: tensor {shown(part.name)} has shape {list(part.shape)}, which does not continue"
+                    f" {list(first.shape)} in {first.where}"
+                )
+            if part.type_name != first.type_name:
+                raise ModelFormatError(
+                    f"{part.where}: tensor {shown(part.name)} is {part.type_name}, but {first.type_name} in"
+                    f" {first.where}"
+                )
+        self.name = name
+        self.type_name = first.type_name
+        shape = list(first.shape)
+        shape[axis] = sum(part.shape[axis] for part in parts)
+        self.shape = tuple(shape)
+        self.n_bytes = sum(part.n_bytes for part in parts)
+        self._parts, self._axis = tuple(parts), axis
+
+    @property
+    def where(self) -> str:
+        return self._parts[0].where
+
+    @property
+    def supported(self) -> bool:
+        return all(part.supported for part in self._parts)
+
+    @property
+    def grid(self) -> Grid | None:
+        grid = self._parts[0].grid
+        if grid is None or grid.input_order or any(part.grid != grid for part in self._parts):
+            return None
+        cut = self._axis == 1 and any(part.shape[1] % max(1, grid.group) for part in self._parts[:-1])
+        return None if cut else grid
+
+    def read(self, index: Index) -> NDArray[np.float32]:
+        pieces = [(here, part.read(rows)) for here, part, rows in self._split(index)]
+        return self._together([here for here, _ in pieces], [values for _, values in pieces])
+
+    def read_packed(self, index: Index) -> Packed:
+        if self.grid is None:
+            return super().read_packed(index)
+        pieces = [(here, part.read_packed(rows)) for here, part, rows in self._split(index)]
+        places = [here for here, _ in pieces]
+
+        def section(arrays: list[Array | None]) -> Array | None:
+            present = [array for array in arrays if array is not None]
+            return self._together(places, present) if present else None
+
+        return Packed(
+            self._together(places, [packed.codes for _, packed in pieces]),
+            section([packed.scales for _, packed in pieces]),
+            section([packed.offsets for _, packed in pieces]),
+        )
+
+    def _split(self, index: Index) -> list[tuple[Index, Rows, Index]]:
+        """Which places of `index` each part fills, and with which of its rows."""
+        if self._axis == 1:
+            return [(np.arange(len(index)), part, index) for part in self._parts]
+        out, first = [], 0
+        for part in self._parts:
+            (here,) = np.nonzero((index >= first) & (index < first + part.shape[0]))
+            if len(here):
+                out.append((here, part, index[here] - first))
+            first += part.shape[0]
+        return out
+
+    def _together(self, places: list[Index], pieces: list[Array]) -> Array:
+        if self._axis == 1:
+            return np.concatenate(pieces, axis=1)
+        out = np.empty((sum(map(len, places)), *pieces[0].shape[1:]), pieces[0].dtype)
+        for here, piece in zip(places, pieces, strict=True):
+            out[here] = piece
+        return out
+
+
+class Scaled(Rows):
+    """Another tensor times a number, in float32."""
+
+    def __init__(self, whole: Rows, factor: float) -> None:
+        self.name, self.type_name = whole.name, whole.type_name
+        self.shape, self.n_bytes = whole.shape, whole.n_bytes
+        self._whole, self._factor = whole, np.float32(factor)
+
+    @property
+    def where(self) -> str:
+        return self._whole.where
+
+    @property
+    def supported(self) -> bool:
+        return self._whole.supported
+
+    def read(self, index: Index) -> NDArray[np.float32]:
+        return self._whole.read(index) * self._factor
+
+
+def is_zero(rows: Rows) -> bool:
+    """Whether all numbers of a tensor are zero, looked at in steps."""
+    return not any(rows.read(index).any() for index in _steps(np.arange(rows.shape[0]), rows.shape))
+
+
+def _steps(index: Index, shape: tuple[int, ...]) -> list[Index]:
+    """`index` cut so that a step's numbers take a few MiB."""
+    step = max(1, _STEP_WEIGHTS // shape[1]) if len(shape) == 2 else max(1, len(index))
+    return [index[first : first + step] for first in range(0, len(index), step)]
 
 
 class SourceTensor:
     """A tensor of the model: canonical name, [N, K] or [N], rows in the order of docs/FORMAT.md.
 
     shape: logical shape. dtype: the source's own name of its type, as `Q4_1`. source_name: its name there.
-    grid: the TensorSpec that holds it without loss, or None (vectors, Q6_K, F64). n_bytes: its size in the source.
+    grid: the TensorSpec that it can be repacked to, or None (vectors, Q6_K, F64); exact: without any loss.
+    n_bytes: its size in the source. row_order: for each row here, its row there.
     """
 
-    def __init__(self, name: str, stored: StoredTensor, row_order: NDArray[np.intp] | None = None) -> None:
-        if stored.type is None:
+    def __init__(self, name: str, rows: Rows, row_order: Index | None = None) -> None:
+        if not rows.supported:
             raise ModelFormatError(
-                f"{stored.file.path}: tensor {shown(stored.name)} ({name}) has type {stored.type_name},"
+                f"{rows.where}: tensor {shown(rows.name)} ({name}) has type {rows.type_name},"
                 f" which is not supported; a model's tensors are {', '.join(DENSE_TYPES)} here"
             )
-        self._type = stored.type
         self.name = name
-        self.source_name = stored.name
-        self.shape = stored.shape
-        self.dtype = stored.type_name
-        self.n_bytes = stored.n_bytes
-        self._stored = stored
+        self.source_name = rows.name
+        self.shape = rows.shape
+        self.dtype = rows.type_name
+        self.n_bytes = rows.n_bytes
+        grid = rows.grid if len(rows.shape) == 2 else None
+        self.grid = grid.spec(name, rows.shape) if grid is not None else None
+        self.exact = grid is not None and grid.exact
+        self._rows = rows
         self._row_order = row_order
 
     def __repr__(self) -> str:
         return f"SourceTensor({self.name}, {self.dtype}, {list(self.shape)})"
-
-    @property
-    def grid(self) -> TensorSpec | None:
-        kind = self._type
-        if not kind.format or len(self.shape) != 2:
-            return None
-        return TensorSpec(self.name, kind.format, self.shape, group=kind.group, offset=kind.offset)
 
     def read(self, rows: slice | None = None) -> NDArray[np.float32]:
         """Values as float32 [N, K], or [N] for a vector, C-contiguous and writable; `rows` takes a part of the rows.
 
         Raises ModelFormatError when values are not finite, naming the tensor and how many.
         """
-        if len(self.shape) == 1:
-            whole = self._decode(np.arange(1)).reshape(self.shape)
-            values = whole if self._row_order is None else whole[self._row_order]
-            return np.ascontiguousarray(values[rows] if rows is not None else values)
-        return self._decode(np.arange(self.shape[0])[rows if rows is not None else slice(None)])
+        index = self._index(rows)
+        out = np.empty((len(index), *self.shape[1:]), np.float32)
+        first = bad = 0
+        for step in _steps(index, self.shape):
+            part = out[first : first + len(step)]
+            with np.errstate(all="ignore"):  # hostile scales make NaNs, which are counted below
+                part[...] = self._rows.read(step)
+            bad += _count_bad(part)
+            first += len(step)
+        self._refuse(bad, out.size, "values")
+        return out
 
     def read_packed(self, rows: slice | None = None) -> Packed:
         """Codes, scales and offsets of `grid`, exactly as the source has them; `rows` takes a part of the rows.
 
         Raises ModelFormatError when scales, offsets or dense values are not finite; ValueError without a grid.
         """
-        repack = self._type.repack
-        if self.grid is None or repack is None:
+        if self.grid is None:
             raise ValueError(f"{self.name}: {self.dtype} {list(self.shape)} has no grid of ours; use read()")
-        taken = self._bytes(np.arange(self.shape[0])[rows if rows is not None else slice(None)])
-        packed = repack(taken)
+        with np.errstate(all="ignore"):
+            packed = self._rows.read_packed(self._index(rows))
         if packed.scales is None:
             self._refuse(_count_bad(packed.codes), packed.codes.size, "values")
         else:
@@ -152,32 +400,14 @@ class SourceTensor:
             self._refuse(_count_bad(packed.offsets), packed.offsets.size, "offsets")
         return packed
 
-    def _bytes(self, index: NDArray[np.intp]) -> Array:
-        """The stored rows `index` (canonical numbers), uint8 [len(index), row_bytes]."""
-        kind, k = self._type, self.shape[-1]
-        whole = self._stored.data().reshape(-1, kind.row_bytes(k))
-        if len(self.shape) == 2 and self._row_order is not None:
-            return np.ascontiguousarray(whole[self._row_order[index]])
-        if len(index) and index[-1] - index[0] == len(index) - 1:  # consecutive: a view, nothing copied
-            return whole[index[0] : index[-1] + 1]
-        return np.ascontiguousarray(whole[index])
-
-    def _decode(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
-        k = self.shape[-1]
-        out = np.empty((len(index), k), np.float32)
-        step, bad = max(1, _STEP_WEIGHTS // k), 0
-        for first in range(0, len(index), step):
-            part = out[first : first + step]
-            with np.errstate(all="ignore"):  # hostile scales make NaNs, which are counted below
-                part[...] = self._type.decode(self._bytes(index[first : first + step]))
-            bad += _count_bad(part)
-        self._refuse(bad, out.size, "values")
-        return out
+    def _index(self, rows: slice | None) -> Index:
+        index = np.arange(self.shape[0]) if self._row_order is None else self._row_order
+        return index if rows is None else index[rows]
 
     def _refuse(self, bad: int, of: int, what: str) -> None:
         if bad:
             raise ModelFormatError(
-                f"{self._stored.file.path}: tensor {shown(self.source_name)} ({self.name}): {bad} of {of} {what} are"
+                f"{self._rows.where}: tensor {shown(self.source_name)} ({self.name}): {bad} of {of} {what} are"
                 " not finite (NaN or infinite); the checkpoint is damaged"
             )
 
@@ -210,4 +440,4 @@ class Source:
         return self._tokenizer_files()
 
 
-Stored = Mapping[str, StoredTensor]
+Stored = Mapping[str, Rows]
