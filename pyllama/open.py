@@ -76,7 +76,7 @@ def open_model(path: str | os.PathLike[str], *, mmap: bool = True, format: str |
     """Opens a model folder, a .gguf file, a Hugging Face folder, or "demo".
 
     `mmap=False` reads the weights into memory. `format` is what a foreign checkpoint is converted to; by default f16
-    and bf16 become q8, and what already lies on one of our grids is repacked without loss. Raises FileNotFoundError,
+    and bf16 become q8, and what already lies on one of our grids is repacked (docs/GGUF.md). Raises FileNotFoundError,
     ModelFormatError, QuantizeError; ValueError for a bad `format`.
     """
     return load_folder(locate(path, format=format), mmap=mmap)
@@ -249,7 +249,7 @@ def _converted(source: Path, format: str | None) -> Path:
 
     opened = open_source(source)
     key = json.dumps([opened.identity, VERSION, format], sort_keys=True)
-    stem = re.sub(r"[^\w.-]+", "_", source.resolve().name.removesuffix(".gguf"))[:80]
+    stem = re.sub(r"[^\w.-]+", "_", str(opened.identity["name"]).removesuffix(".gguf"))[:80]
     target = cache_folder() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if is_model_folder(target):
         return target
@@ -265,8 +265,7 @@ def _converted(source: Path, format: str | None) -> Path:
             _sweep(target)
         if not is_model_folder(target):  # another process may have made it while we waited
             plan = make_plan(opened, format=format)
-            message = f"converting {source} once, {plan.payload_bytes / 1e6:.0f} MB of {plan.format}, into {target}"
-            print(message, file=sys.stderr, flush=True)
+            print(f"converting {source} once: {plan.change}, into {target}", file=sys.stderr, flush=True)
             if target.exists():  # the cache is ours: what is no model in it is the rest of something that broke
                 shutil.rmtree(target)
             write_plan(plan, target, progress=_show_progress if sys.stderr.isatty() else None)

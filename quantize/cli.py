@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from pyllama.common.errors import PyllamaError
 from pyllama.common.formats import FORMATS, GROUPS
 
-from .convert import Plan, check_request, make_plan, write_plan
+from .convert import Plan, check_request, make_plan, size_text, write_plan
 from .methods import METHODS
 from .readers import SourceTensor, open_source
 from .verify import verify
@@ -37,7 +37,8 @@ _DESCRIPTION = """\
 Converts a LLaMA checkpoint into a model folder that pyllama opens without copying anything.
 
 SRC is a Hugging Face folder (config.json and *.safetensors) or a .gguf file. Without --format, matrices that already
-are on one of our grids (GGUF's Q4_0, Q4_1, Q8_0) come over without loss, and all others become q8."""
+are on one of our grids come over as they are (GGUF's Q4_0, Q4_1, Q5_0, Q8_0, IQ4_NL), or with their scales rounded to
+16 bits (Q4_K, IQ4_XS), and all others become q8."""
 
 _EPILOG = """\
 formats:  f32 f16 bf16   the numbers themselves
@@ -217,34 +218,34 @@ def _print_summary(plan: Plan, out: Path | None, seconds: float, as_json: bool) 
     for kind in kinds:
         group = f" g{kind['group']}" if kind["group"] else ""
         print(
-            f"  {kind['count']:>4} {kind['from']:>5} -> {kind['format'] + group:<9} {_HOW[kind['how']]:<22} "
-            f"{_size(kind['bytes']):>9}  {kind['example']}"
+            f"  {kind['count']:>4} {kind['from']:>6} -> {kind['format'] + group:<9} {_HOW[kind['how']]:<22} "
+            f"{size_text(kind['bytes']):>9}  {kind['example']}"
         )
     where = "dry run, nothing written" if out is None else str(out)
     spent = "" if out is None else f" in {seconds:.1f} s"
-    print(f"{where}: {_size(source_bytes)} -> {_size(n_bytes)}, {plan.bits_per_weight:.2f} bits per weight{spent}")
+    bits = f"{plan.source_bytes * 8 / plan.n_weights:.2f} -> {plan.bits_per_weight:.2f} bits per weight"
+    print(f"{where}: {size_text(source_bytes)} -> {size_text(n_bytes)}, {bits}{spent}")
 
 
-_HOW = {"repack": "as they are, no loss", "quantize": "quantized", "cast": "as numbers"}
+_HOW = {
+    "repack": "as they are, no loss",
+    "round": "codes kept, scales f16",
+    "quantize": "quantized",
+    "cast": "as numbers",
+}
 
 
 def _kinds(plan: Plan) -> list[dict[str, Any]]:
     """The plan's tensors counted by what becomes of them, the largest share first."""
     kinds: dict[tuple[str, str, int, str], dict[str, Any]] = {}
     for item in plan.tensors:
-        key = (item.source.dtype, item.spec.format, item.spec.group, item.how)
+        how = "round" if item.rounds_scales else item.how
+        key = (item.source.dtype, item.spec.format, item.spec.group, how)
         fresh = {"from": key[0], "format": key[1], "group": key[2], "how": key[3], "count": 0, "bytes": 0}
         kind = kinds.setdefault(key, {**fresh, "example": item.spec.name})
         kind["count"] += 1
         kind["bytes"] += item.spec.payload_bytes
     return sorted(kinds.values(), key=lambda kind: -int(kind["bytes"]))
-
-
-def _size(n_bytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.3g} {unit}" if n_bytes < 100 * scale else f"{n_bytes / scale:.0f} {unit}"
-    return f"{n_bytes} bytes"
 
 
 # ---- quantize verify OUT ---------------------------------------------------------------------------------------------
@@ -265,7 +266,9 @@ def _run_verify(arguments: list[str]) -> int:
         result = {"folder": options.folder, "ok": True, "n_tensors": found.n_tensors, "n_weights": found.n_weights}
         print(json.dumps({**result, "payload_bytes": found.payload_bytes}))
     else:
-        print(f"{options.folder}: {found.n_tensors} tensors, {_size(found.payload_bytes)}, all as they were written")
+        print(
+            f"{options.folder}: {found.n_tensors} tensors, {size_text(found.payload_bytes)}, all as they were written"
+        )
     return EXIT_OK
 
 

@@ -1,8 +1,9 @@
 """From a checkpoint to a model folder: decides each tensor's format, then makes one payload after the other.
 
-A matrix is repacked without loss when the source has it on the wanted grid already, and quantized by the method
-otherwise. Big tensors go through in blocks of rows, so that memory holds one payload and one block. Reading sources is
-readers/', choosing codes methods/', putting bytes on the disk writer.py's affair.
+A matrix is repacked when the source has it on the wanted grid already, without loss or (GGUF's Q4_K and IQ4_XS) with
+scales rounded to f16, and quantized by the method otherwise. Big tensors go through in blocks of rows, so that memory
+holds one payload and one block. Reading sources is readers/', choosing codes methods/', putting bytes on the disk
+writer.py's affair.
 """
 
 from __future__ import annotations
@@ -57,11 +58,16 @@ ProgressFunction = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Planned:
-    """What becomes of a tensor. how: `repack` (the source's numbers as they are), `quantize` or `cast` to dense."""
+    """What becomes of a tensor. how: `repack` (the source's codes as they are), `quantize` or `cast` to dense."""
 
     source: SourceTensor
     spec: TensorSpec
     how: str
+
+    @property
+    def rounds_scales(self) -> bool:
+        """A repack whose scales and minima have more digits in the source than here."""
+        return self.how == "repack" and not self.source.exact
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,29 @@ class Plan:
         """All payload bytes, scales and padding included, over all weights."""
         return self.payload_bytes * 8 / self.n_weights
 
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all tensors in the source."""
+        return sum(item.source.n_bytes for item in self.tensors)
+
+    @property
+    def change(self) -> str:
+        """What becomes of types and size, for a line of text: `Q4_K to q4a, 4.50 -> 5.00 bits per weight, …`."""
+        before = self.source_bytes * 8 / self.n_weights
+        return (
+            f"{self._most(lambda item: item.source.dtype)} to {self._most(lambda item: item.spec.format)}, "
+            f"{before:.2f} -> {self.bits_per_weight:.2f} bits per weight, "
+            f"{size_text(self.source_bytes)} -> {size_text(self.payload_bytes)}"
+        )
+
+    def _most(self, kind_of: Callable[[Planned], str]) -> str:
+        """The two kinds of matrices that most weights are of."""
+        weights: dict[str, int] = {}
+        for item in self.tensors:
+            if not item.spec.is_vector:
+                weights[kind_of(item)] = weights.get(kind_of(item), 0) + item.spec.n_weights
+        return " and ".join(sorted(weights, key=lambda kind: -weights[kind])[:2])
+
     def config(self) -> dict[str, Any]:
         """config.json of the model folder."""
         quantization: dict[str, Any] = {"format": self.format}
@@ -99,6 +128,14 @@ class Plan:
         identity = {key: value for key, value in self.source.identity.items() if key != "mtime_ns"}
         head = {"format": "pyllama", "version": int(VERSION)}
         return {**head, **self.source.config, **head, "quantization": quantization, "source": identity}
+
+
+def size_text(n_bytes: int) -> str:
+    """A size for reading, as `4.41 GB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}" if n_bytes < 100 * scale else f"{n_bytes / scale:.0f} {unit}"
+    return f"{n_bytes} bytes"
 
 
 def convert(
@@ -114,7 +151,7 @@ def convert(
 ) -> Path:
     """Converts the checkpoint `src` (Hugging Face folder or GGUF file) into the model folder `out`; returns its path.
 
-    format: of all matrices; None repacks those that are on a grid of ours (Q4_0, Q4_1, Q8_0) and makes the others q8.
+    format: of all matrices; None repacks those that are on a grid of ours (docs/GGUF.md) and makes the others q8.
     group_size: 32, 64 or 128 columns per scale of what is quantized (default 32). method: how codes are chosen.
     tensor_types: (regular expression, format) pairs for canonical names; the last that is found in a name decides.
     Raises ModelFormatError for a defective source, QuantizeError when the output cannot be written or the request makes

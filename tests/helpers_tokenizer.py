@@ -38,9 +38,9 @@ def reference_pre_tokenizer(pre: str) -> Any:
         return gpt2
     if pre in ("smollm", "starcoder", "refact"):
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    if pre in ("llama-bpe", "llama3", "llama-v3"):
+    if pre in ("llama-bpe", "llama3", "llama-v3", "dbrx"):
         return _split(_CL100K)
-    if pre == "qwen2":
+    if pre in ("qwen2", "deepseek-r1-qwen"):
         return _split(_CL100K.replace("{1,3}", ""))
     if pre == "tekken":
         upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -57,7 +57,7 @@ def train_bpe(pre: str, n_tokens: int = 900) -> tokenizers.Tokenizer:
     """A byte-level BPE vocabulary that cuts words by the rule `pre`; special tokens first."""
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "llama3", "llama-v3", "tekken")))
     tokenizer.pre_tokenizer = reference_pre_tokenizer(pre)
-    if pre == "qwen2":
+    if pre in ("qwen2", "deepseek-r1-qwen"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

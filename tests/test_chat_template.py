@@ -18,7 +18,7 @@ from pyllama.common.errors import ModelFormatError
 from pyllama.named_templates import NAMED_TEMPLATES
 from pyllama.template_sandbox import Account, Environment, LimitError, spending
 from pyllama.tokenizer import Tokenizer
-from quantize.readers.gguf import read_gguf
+from quantize.readers.gguf_file import read_gguf
 from quantize.readers.gguf_vocab import tokenizer_files
 
 from .helpers_tokenizer import bpe_metadata, sentencepiece_metadata, train_bpe, train_sentencepiece, write_folder

@@ -15,7 +15,7 @@ import pytest
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.safetensors import MAX_HEADER_BYTES, read_safetensors
 from quantize.readers import open_source
-from quantize.readers.gguf import read_gguf
+from quantize.readers.gguf_file import read_gguf
 from tests import make_sources as make
 from tests.helpers_hostile import refused
 from tests.make_sources import ARRAY, BOOL, F32, STRING, U8, U32, U64, GgufTensor, gguf_bytes, gguf_entry
@@ -195,7 +195,7 @@ BAD_GGUF: dict[str, tuple[bytes, str]] = {
     "four huge dimensions": (one(dims=(2**40,) * 4), r"'t' claims \d+ bytes"),
     "unknown type": (one(kind=200), r"'t' has type unknown \(200\)"),
     "type of 2^32 - 1": (one(kind=2**32 - 1), r"'t' has type unknown"),
-    "type that is not read yet": (one(kind=12), r"'t' has type Q4_K \(12\), which is not supported; .* Q6_K"),
+    "type that is not read": (one(kind=16), r"'t' has type IQ2_XXS \(16\), which is not supported; .* Q6_K"),
     "rows of half a block": (one(dims=(16, 2)), r"rows of 16 weights are no multiple of Q8_0's block of 32"),
     "tensor beyond the file": (one(dims=(32, 2)), r"'t' claims 68 bytes at offset \d+, the file holds"),
     "offset beyond the file": (one(offset=4096), r"'t' claims 34 bytes at offset \d+"),

@@ -50,7 +50,6 @@ BAD_GGUF_MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "other value length": ({"llama__attention__value_length": (U32, 32)}, r"value_length: found 32"),
     "experts": ({"llama__expert_count": (U32, 8)}, r"llama.expert_count: found 8, only 0"),
     "sliding window": ({"llama__attention__sliding_window": (U32, 64)}, r"sliding_window: found 64"),
-    "split": ({"split__count": (make.U16, 3)}, r"split.count: this is one part"),
     "unknown rope scaling": ({"llama__rope__scaling__type": (STRING, "longrope")}, r"scaling.type: found 'longrope'"),
     "rope factor NaN": (
         {"llama__rope__scaling__type": (STRING, "linear"), "llama__rope__scaling__factor": (F32, float("nan"))},

@@ -26,65 +26,18 @@ from pyllama.common.reader import BoundedFile, Cursor
 from pyllama.common.safetensors import read_safetensors
 from quantize.families import halves_first
 from quantize.readers import SourceTensor, open_source
-from quantize.readers.gguf import read_gguf
-from quantize.readers.gguf_types import GGUF_TYPES
+from quantize.readers.gguf_file import read_gguf
 from tests import make_sources as make
+from tests.helpers_gguf import decode_rows
 from tests.make_sources import Shape
 
 Array = NDArray[Any]
 ODD = Shape(dim=64, hidden_dim=96, n_heads=6, n_kv_heads=3, head_dim=32, vocab_size=51)  # head_dim is not dim / n_heads
 WIDE = Shape(dim=256, hidden_dim=256, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=33)  # rows of whole Q6_K blocks
-BLOCK_TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q6_K")
-GRIDS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q4_0": "q4", "Q4_1": "q4a", "Q8_0": "q8", "Q6_K": None}
-
-
-# --- scalar decoders, one weight at a time ---------------------------------------------------------------------------
-
-
-def decode_block(kind: str, raw: bytes) -> list[float]:
-    """One block by the definition of its type, in float64; products are exact there."""
-    if kind == "Q4_0":
-        (d,) = struct.unpack_from("<e", raw)
-        codes = [b & 15 for b in raw[2:]] + [b >> 4 for b in raw[2:]]
-        return [d * (c - 8) for c in codes]
-    if kind == "Q4_1":
-        d, m = struct.unpack_from("<2e", raw)
-        codes = [b & 15 for b in raw[4:]] + [b >> 4 for b in raw[4:]]
-        return [d * c + m for c in codes]
-    if kind == "Q8_0":
-        d, *q = struct.unpack("<e32b", raw)
-        return [d * c for c in q]
-    low, high, scales = raw[:128], raw[128:192], struct.unpack_from("<16b", raw, 192)
-    (d,) = struct.unpack_from("<e", raw, 208)
-    out = []
-    for i in range(256):
-        half, run, column = i // 128, i % 128 // 32, i % 32
-        byte = low[64 * half + 32 * (run % 2) + column]
-        code = (byte >> 4 if run >= 2 else byte & 15) | (high[32 * half + column] >> 2 * run & 3) << 4
-        out.append(d * scales[i // 16] * (code - 32))
-    return out
-
-
-def decode_rows(kind: str, raw: bytes, shape: tuple[int, ...]) -> Array:
-    """Stored bytes -> float32, rounded once from float64."""
-    size = {row.name: row for row in GGUF_TYPES.values()}[kind].block_bytes
-    blocks = [decode_block(kind, raw[i : i + size]) for i in range(0, len(raw), size)]
-    return np.array(blocks, np.float64).reshape(shape).astype(np.float32)
-
-
-@pytest.mark.parametrize("kind", BLOCK_TYPES)
-@given(data=st.data())
-def test_blocks_decode_like_their_definition(kind: str, data: st.DataObject) -> None:
-    row = {row.name: row for row in GGUF_TYPES.values()}[kind]
-    raw = bytearray(data.draw(st.binary(min_size=2 * row.block_bytes, max_size=2 * row.block_bytes)))
-    at = {"Q6_K": [208]}.get(kind, [0, 2] if kind == "Q4_1" else [0])
-    for block in range(2):  # scales of any sign and size, subnormals too, but finite
-        for offset in at:
-            scale = data.draw(st.floats(width=16, allow_nan=False, allow_infinity=False))
-            struct.pack_into("<e", raw, block * row.block_bytes + offset, scale)
-    found = row.decode(np.frombuffer(bytes(raw), np.uint8).reshape(1, -1))
-    assert found.dtype == np.float32
-    assert np.array_equal(found, decode_rows(kind, bytes(raw), (1, 2 * row.block)))
+BLOCK_TYPES = tuple(make.BLOCKS)
+GRIDS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q4_0": "q4", "Q4_1": "q4a", "Q5_0": "q8", "Q8_0": "q8"}
+GRIDS |= {"IQ4_NL": "q4nl", "Q4_K": "q4a", "IQ4_XS": "q4nl", "Q8_K": "q8"}
+ROUNDED = ("Q4_K", "IQ4_XS", "Q8_K")  # scales are rounded to f16
 
 
 @given(heads=st.integers(1, 9), pairs=st.integers(1, 40))
@@ -245,7 +198,7 @@ def test_hf_harmless_tensors_are_dropped(tmp_path: Path) -> None:
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*BLOCK_TYPES, "F32", "F16", "BF16"])
+@pytest.mark.parametrize("kind", [*BLOCK_TYPES, "F32", "F16", "BF16", "F64"])
 def test_gguf_types(tmp_path: Path, kind: str) -> None:
     weights = make.random_weights(WIDE)
     source = open_source(make.write_gguf(tmp_path / "m.gguf", WIDE, weights, kind))
@@ -258,12 +211,13 @@ def test_gguf_types(tmp_path: Path, kind: str) -> None:
             assert grid is None and tensor.dtype == "F32"
             assert np.array_equal(tensor.read(), values)
             continue
-        assert tensor.dtype == kind and (grid.format if grid else None) == GRIDS[kind]
+        assert tensor.dtype == kind and (grid.format if grid else None) == GRIDS.get(kind)
         # Rows are encoded one by one: the oracle encodes and decodes them in Hugging Face's order.
         raw = make.encode_blocks(values, kind)
         expected = decode_rows(kind, raw, values.shape) if kind in BLOCK_TYPES else values
         assert np.array_equal(tensor.read(), expected), name
-        if grid is not None:
+        assert tensor.exact == (grid is not None and kind not in ROUNDED)
+        if tensor.exact and grid is not None:
             assert np.array_equal(dequantize(grid, tensor.read_packed()), expected), name
 
 

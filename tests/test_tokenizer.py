@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.tokenizer import Tokenizer
-from quantize.readers.gguf import read_gguf
+from quantize.readers.gguf_file import read_gguf
 from quantize.readers.gguf_vocab import PRE_TOKENIZERS, tokenizer_files
 
 from .helpers_tokenizer import (

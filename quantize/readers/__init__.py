@@ -13,13 +13,15 @@ from typing import NoReturn
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import BoundedFile, shown
 
+from .gguf_split import part_names
 from .source import Source, SourceTensor
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a checkpoint: a .gguf file, a Hugging Face folder, its .safetensors file, or a folder with one .gguf.
+    """Opens a checkpoint: a .gguf file, a Hugging Face folder, its .safetensors file, or a folder with one
+    model in .gguf files.
 
     Raises ModelFormatError that names the path and says what was found and what can be read.
     """
@@ -56,7 +58,7 @@ def _open_folder(path: Path) -> Source:
         raise ModelFormatError(f"{path}: is an empty folder; expected config.json and *.safetensors, or one .gguf file")
     ggufs = [name for name in names if name.endswith(".gguf")]
     safetensors = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
-    if len(ggufs) == 1 and not safetensors:
+    if ggufs and not safetensors and (len(ggufs) == 1 or set(ggufs) <= set(part_names(ggufs[0]))):
         return _open_file(path / ggufs[0])
     if ggufs and not safetensors:
         raise ModelFormatError(f"{path}: holds {len(ggufs)} .gguf files; name one of them: {', '.join(ggufs[:8])}")

@@ -67,6 +67,7 @@ class _PreTokenizer:
 
 
 _LLAMA3_RULE = _PreTokenizer(_splits(_LLAMA3), ignore_merges=True, add_bos=True)
+_QWEN2_RULE = _PreTokenizer(_splits(_QWEN2), normalizer="NFC")
 
 PRE_TOKENIZERS = {
     "gpt-2": _PreTokenizer([_byte_level(use_regex=True)]),
@@ -77,7 +78,9 @@ PRE_TOKENIZERS = {
     "llama-bpe": _LLAMA3_RULE,
     "llama-v3": _LLAMA3_RULE,
     "llama3": _LLAMA3_RULE,
-    "qwen2": _PreTokenizer(_splits(_QWEN2), normalizer="NFC"),
+    "dbrx": _PreTokenizer(_splits(_LLAMA3)),  # also Phi-4 and Granite 4: the rule of OpenAI's cl100k
+    "qwen2": _QWEN2_RULE,
+    "deepseek-r1-qwen": _QWEN2_RULE,  # Qwen2's vocabulary with other special tokens
     "tekken": _PreTokenizer(_splits(_TEKKEN), ignore_merges=True, add_bos=True),
 }
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.safetensors import read_safetensors
 from quantize.readers import open_source
-from quantize.readers.gguf import read_gguf
+from quantize.readers.gguf_file import read_gguf
 from quantize.readers.gguf_types import GGUF_TYPES
 from tests import make_sources as make
 from tests import test_hostile_files as hostile
