@@ -27,6 +27,7 @@ from tests import make_sources as make
 from tests import test_hostile_files as hostile
 from tests.make_sources import Shape
 
+KINDS = [row.name for row in GGUF_TYPES.values() if row.name not in ("Q8_K", "F64")]  # the package decodes no others
 WIDE = Shape(dim=256, hidden_dim=512, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=101)
 
 
@@ -39,7 +40,7 @@ def hf_order(values: NDArray[Any], heads: int) -> NDArray[Any]:
     return np.concatenate([np.concatenate([h[0::2], h[1::2]]) for h in np.split(values, heads)])
 
 
-@pytest.mark.parametrize("kind", [row.name for row in GGUF_TYPES.values()])
+@pytest.mark.parametrize("kind", KINDS)
 def test_blocks_decode_like_the_gguf_package(kind: str) -> None:
     row = next(row for row in GGUF_TYPES.values() if row.name == kind)
     rng = np.random.default_rng(7)
@@ -52,7 +53,7 @@ def test_blocks_decode_like_the_gguf_package(kind: str) -> None:
     assert same_bits(found[finite], expected[finite])
 
 
-@pytest.mark.parametrize("kind", [row.name for row in GGUF_TYPES.values()])
+@pytest.mark.parametrize("kind", KINDS)
 def test_our_gguf_files_are_read_by_the_gguf_package(tmp_path: Path, kind: str) -> None:
     path = make.write_gguf(tmp_path / "m.gguf", WIDE, make.random_weights(WIDE), kind)
     stock = gguf.GGUFReader(path)
