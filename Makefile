@@ -103,9 +103,9 @@ format: $(VENV)/.pyllama-dev  ## rewrite the sources in house style
 
 # ---------------------------------------------------------------------------------------------------- speed
 
-bench: dev  ## speed of the demo model and of a random 1B model
-	$(BIN)/pyllama bench demo
-	$(BIN)/pyllama bench --synthetic 1b --format q4 --group-size 32
+bench: dev  ## speed of the demo model and of a random 1B model, and what was predicted
+	$(BIN)/pyllama bench demo --predict
+	$(BIN)/pyllama bench --synthetic 1b --format q4 --group-size 32 --predict
 
 bench-peers: dev  ## side by side with llama-cpp-python (built from source into $(VENV))
 	CMAKE_ARGS="$(PEER_CMAKE_ARGS)" $(PIP) install "llama-cpp-python>=0.3.16" "gguf>=0.17"

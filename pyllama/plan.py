@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from . import sizes
+from . import sizes, speeds
 from .common.errors import DeviceError
 from .common.formats import TensorSpec
 from .cuda import CudaDevice, check_device, choose_device
 from .memory import available_bytes
+from .speeds import Speeds
 
 # Left free on a device: what CUDA and graphs take, attention's buffers over long contexts, the last slab of pages.
 SPARE_BYTES = 256 << 20
@@ -67,15 +68,24 @@ class Plan:
     device_memory: int | None
     cpu_free: int | None
     notes: list[str] = field(default_factory=list)
+    speeds: Speeds | None = None  # predicted, where the CPU does everything
 
     @property
     def fits(self) -> bool:
         """False when the device is known to have less than what is wanted."""
         return self.most_gpu_layers is None or self.gpu_layers <= self.most_gpu_layers
 
+    @property
+    def depths(self) -> list[int]:
+        """Tokens in the cache that decoding is predicted for: none, and 4,096 or the whole context."""
+        return [0, min(4096, self.n_ctx)]
+
     def record(self) -> dict[str, Any]:
         """As plain JSON values, with the sums."""
         record = asdict(self) | {"fits": self.fits}
+        if self.speeds is not None:
+            depths = {f"decode_tok_per_s_d{n}": self.speeds.decode_tok_per_s(n) for n in self.depths}
+            record["speeds"] |= depths
         for side, share in (("on_device", self.on_device), ("on_cpu", self.on_cpu)):
             if share is not None:
                 record[side]["total"] = share.total
@@ -237,8 +247,11 @@ def plan_model(
     kv_dtype: str = "f16",
     gpu_layers: GpuLayers = "auto",
     device_free: int | None = None,
+    measure: bool = False,
 ) -> Plan:
     """The plan for a model that is not opened, from its headers alone; arguments are those of `LLM`.
+
+    `measure`: predict speeds too, by a rehearsal of about two seconds (speeds.py).
 
     `device_free`: for a device that is not here, with so many bytes free. Raises as `LLM` does, but plans also what
     does not fit.
@@ -258,7 +271,18 @@ def plan_model(
         if trouble is not None:
             raise DeviceError(f'device="{device}": {trouble}')
         chosen = CudaDevice(0, "not here", device_free, device_free)
-    return make_plan(planner, name, chosen, gpu_layers, note)
+    plan = make_plan(planner, name, chosen, gpu_layers, note)
+    if not measure or plan.on_device is not None or not _has_room(plan):
+        return plan
+    n_prompt = max(1, min(speeds.N_PROMPT, plan.n_ctx))
+    predicted = speeds.predict(described.config, described.specs, n_prompt=n_prompt, kv_dtype=kv_dtype)
+    return replace(plan, speeds=predicted)
+
+
+def _has_room(plan: Plan) -> bool:
+    """Whether a rehearsal's weights fit beside what is here."""
+    layer = plan.on_cpu.layers // plan.n_layers
+    return plan.cpu_free is None or 2 * max(layer, speeds.REHEARSED_BYTES) < plan.cpu_free
 
 
 def _gib(n_bytes: int) -> str:

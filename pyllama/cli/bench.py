@@ -50,6 +50,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="also tell where the time of a step goes, by one more run"
     )
+    parser.add_argument("--predict", action="store_true", help="also tell what `pyllama plan` would have predicted")
     parser.add_argument("--synthetic", metavar="SHAPE", help="a random model: 135m, 1b, 7b, 8b or tiny")
     parser.add_argument("--format", metavar="FORMAT", help="with --synthetic: the weights' format (default q4)")
     parser.add_argument("--group-size", type=int, metavar="N", help="with --synthetic: 32 (default), 64 or 128")
@@ -101,10 +102,29 @@ def run(arguments: argparse.Namespace) -> int:
         bench = Bench(opened, label, threads, arguments.batch_size, arguments.parallel, arguments.kv_dtype, placement)
         for test in tests:
             print(f"{test.name}: {arguments.repetitions} runs …", file=sys.stderr, flush=True)
-            records.append(bench.measure(test, arguments.repetitions, arguments.profile))
+            record = bench.measure(test, arguments.repetitions, arguments.profile)
+            if arguments.predict and placement.gpu_layers == 0 and arguments.parallel == 1:
+                record["predicted_ts"] = _predicted(opened, test, threads, arguments)
+            records.append(record)
         del bench  # a device may not hold the next one beside it
     print(json_text(records, indent=2) if arguments.output == "json" else safe(markdown(records)))
     return 0
+
+
+def _predicted(opened: Any, test: Test, threads: int, arguments: argparse.Namespace) -> float:
+    """Tokens per second of the test as speeds.py predicts them from a layer and the memory."""
+    from ..speeds import predict
+
+    found = predict(
+        opened.config,
+        opened.specs,
+        n_prompt=test.n_prompt or 1,
+        n_depth=test.n_depth if test.n_prompt else 0,
+        kv_dtype=arguments.kv_dtype,
+        threads=threads,
+        n_batch=arguments.batch_size,
+    )
+    return found.prompt_tok_per_s if test.n_prompt else found.decode_tok_per_s(test.n_depth + test.n_gen // 2)
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Any, str]:
@@ -308,6 +328,8 @@ def markdown(records: list[dict[str, Any]]) -> str:
         if "bandwidth_share" in r:
             read += f", {100 * r['bandwidth_share']:.0f} % of {r['read_gb_per_s']:.0f}"
         done = "–"
+        if "predicted_ts" in r:
+            speed += f", predicted {r['predicted_ts']:.2f}"
         if "gop_per_s" in r:
             done = f"{r['gop_per_s']:.0f}, {100 * r['peak_share']:.0f} % of {r['int8_gop_per_s']:.0f} ({r['isa']})"
         cells = [" ".join(r["model"].split()), size, params, r["n_threads"], _runs_on(r), test, speed, read, done]

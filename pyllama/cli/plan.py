@@ -1,4 +1,4 @@
-"""`pyllama plan`: what a model would take of memory, and how many of its layers fit a CUDA device; from its headers."""
+"""`pyllama plan`: what a model would take of memory, how many of its layers fit a CUDA device, how fast it would be."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from .terminal import json_text, safe
 
 if TYPE_CHECKING:
     from ..plan import Plan, Share
+    from ..speeds import Speeds
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "plan", help="what a model takes of memory", description="Show what a model would take of memory."
+        "plan",
+        help="what a model takes of memory",
+        description="Show what a model would take of memory and how fast it would be.",
     )
     parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help='folder, .gguf file or "demo"')
     add_placement(parser)
@@ -26,6 +29,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--device-free", type=n_bytes, metavar="SIZE", help="plan for a GPU that is not here with SIZE free, say 24GB"
     )
+    parser.add_argument("--no-speed", action="store_true", help="do not predict speeds, which takes two seconds")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md")
     parser.set_defaults(run=run)
 
@@ -48,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         kv_dtype=arguments.kv_dtype,
         gpu_layers=arguments.gpu_layers,
         device_free=arguments.device_free,
+        measure=not arguments.no_speed,
     )
     print(json_text(plan.record(), indent=2) if arguments.output == "json" else safe(markdown(plan)))
     return 0
@@ -90,6 +95,8 @@ def markdown(plan: Plan) -> str:
 
 def _sentences(plan: Plan) -> list[str]:
     said = [" ".join(note.split()) for note in plan.notes]
+    if plan.speeds is not None:
+        said.append(_speeds(plan, plan.speeds))
     if plan.on_device is None:
         said.append("Everything runs on the CPU; weights are mapped from the file and take memory as they are read.")
     elif not plan.fits or not plan.gpu_layers:
@@ -102,3 +109,16 @@ def _sentences(plan: Plan) -> list[str]:
         if plan.n_ctx_of_all:
             said.append(f"All would fit with --n-ctx {plan.n_ctx_of_all}.")
     return said
+
+
+def _speeds(plan: Plan, speeds: Speeds) -> str:
+    decode = " and ".join(f"{_rounded(speeds.decode_tok_per_s(n))} after {n}" for n in plan.depths)
+    return (
+        f"Predicted tokens per second: {_rounded(speeds.prompt_tok_per_s)} of a prompt of {speeds.n_prompt},"
+        f" decoding {decode} tokens"
+        f" ({speeds.threads} threads, {speeds.isa}; rehearsed on {speeds.rehearsed} layers of random weights)."
+    )
+
+
+def _rounded(speed: float) -> str:
+    return f"{float(f'{speed:.3g}'):,g}"
