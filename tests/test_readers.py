@@ -24,7 +24,7 @@ from pyllama.common.errors import ModelFormatError
 from pyllama.common.formats import dequantize
 from pyllama.common.reader import BoundedFile, Cursor
 from pyllama.common.safetensors import read_safetensors
-from quantize.families import halves_first
+from quantize.binding import halves_first
 from quantize.readers import SourceTensor, open_source
 from quantize.readers.gguf_file import read_gguf
 from tests import make_sources as make

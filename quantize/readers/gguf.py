@@ -17,7 +17,9 @@ import numpy as np
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import BoundedFile, shown
 
-from ..families import Family, Fields, base_config, bind, check_rope_scaling, find_family
+from ..binding import BIASES, OPTIONAL, bind
+from ..families import Family, find_family
+from ..fields import Fields, base_config, check_rope_scaling, tensor_factors
 from .gguf_file import GgufFile
 from .gguf_split import read_gguf_parts
 from .source import Source, StoredTensor
@@ -41,8 +43,10 @@ def open_gguf(path: str | Path) -> Source:
     config["bos_token_id"] = fields.token("tokenizer.ggml.bos_token_id", config["vocab_size"])
     ends = [fields.token(f"tokenizer.ggml.{end}_token_id", config["vocab_size"]) for end in ("eos", "eot", "eom")]
     config["eos_token_ids"] = list(dict.fromkeys(end for end in ends if end is not None))
-    biases = any(family.layer[bias].format(i=0) in gguf.tensors for bias in ("bq", "bk", "bv"))
-    tensors = bind(family, config, gguf.tensors, where, biases=biases)
+    here = {part for part in OPTIONAL & family.layer.keys() if family.layer[part].format(i=0) in gguf.tensors}
+    optional = here.union(family.optional, BIASES if here & set(BIASES) else ())
+    factors = tensor_factors(family, fields)
+    tensors = bind(family, config, gguf.tensors, where, optional=optional, factors=factors)
     return Source("gguf", config, tensors, {}, _identity(gguf.files), lambda: _tokenizer_files(metadata, where))
 
 

@@ -1,12 +1,13 @@
 """Reads a Hugging Face folder: config.json, and weights in one safetensors file or in shards with an index.
 
-The config is checked field by field and made canonical; what would change the computation and is not known is refused.
+What config.json means is hf_config.py's affair; here are the files: which there are, what lies where, what they hold.
 Quantized Hugging Face checkpoints and PyTorch files are refused. The container is pyllama.common.safetensors' affair.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.reader import BoundedFile, Bytes, read_bytes, read_json, shown
+from pyllama.common.reader import BoundedFile, read_bytes, read_json, shown
 from pyllama.common.safetensors import SafetensorsFile, read_safetensors
 
-from ..families import Family, Fields, base_config, bind, check_rope_scaling, find_family
-from .source import DENSE_TYPES, Source, StoredTensor
+from ..binding import bind
+from ..families import Family
+from ..fields import Fields
+from .hf_config import read_hf_config
+from .source import DENSE_TYPES, Rows, Source, StoredTensor
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 1 << 24
@@ -50,73 +54,18 @@ def open_safetensors(folder: Path, single: Path | None = None) -> Source:
         raise ModelFormatError(f"{folder}: is already a pyllama model; open it as it is, or quantize its source again")
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
-    family, config, biases = _canonical_config(raw, str(config_path))
+    found = read_hf_config(raw, str(config_path))
+    config = found.config
     if generation.get("eos_token_id") is not None:
         ends = Fields(generation, str(generation_path)).tokens("eos_token_id", config["vocab_size"])
         config["eos_token_ids"] = ends
     paths, index = ([single], None) if single is not None else _weight_files(folder)
-    stored = _load(paths, index)
-    _check_tied(family, config, stored, str(config_path))
-    tensors = bind(family, config, stored, str(folder), biases=biases)
+    stored: dict[str, Rows] = dict(_load(paths, index))
+    _check_tied(found.family, config, stored, str(config_path))
+    tensors = bind(found.family, config, stored, str(folder), optional=found.optional, factors=found.factors)
     used = [config_path, *paths, *(folder / name for name in TOKENIZER_FILES if (folder / name).exists())]
     identity = _identity(os.path.basename(os.path.abspath(single or folder)), used)
     return Source("safetensors", config, tensors, generation, identity, lambda: _tokenizer_files(folder))
-
-
-def _canonical_config(raw: Mapping[str, Any], where: str) -> tuple[Family, dict[str, Any], bool]:
-    """The family, the canonical config, and whether q, k and v have biases."""
-    names = raw.get("architectures")
-    if names is not None and not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
-        raise ModelFormatError(f"{where}: architectures: found {shown(names)}, expected a list of one name")
-    family = find_family("safetensors", names[0] if names else None, raw.get("model_type"), where)
-    rope = raw.get("rope_parameters")
-    if rope is not None and not isinstance(rope, dict):
-        raise ModelFormatError(f"{where}: rope_parameters: found {shown(rope)}, expected an object")
-    values = dict(raw)
-    if rope and rope.get("rope_theta") is not None:
-        values["rope_theta"] = rope["rope_theta"]
-    fields = Fields(values, where, family.defaults)
-    config = base_config(family, fields)
-    _refuse_variants(fields, config, rope or {})
-    config["rope_scaling"] = _rope_scaling(raw.get("rope_scaling"), rope or {}, where)
-    config["tied_embeddings"] = fields.flag("tie_word_embeddings")
-    config["bos_token_id"] = fields.token("bos_token_id", config["vocab_size"])
-    config["eos_token_ids"] = fields.tokens("eos_token_id", config["vocab_size"])
-    return family, config, fields.flag("attention_bias")
-
-
-def _rope_scaling(older: Any, newer: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """The scaling in `rope_scaling` or in the newer `rope_parameters`, which holds the base too; both must agree."""
-    scaling = check_rope_scaling(older, f"{where}: rope_scaling")
-    if "rope_type" not in newer and "type" not in newer:
-        return scaling
-    given = {key: value for key, value in newer.items() if key != "rope_theta"}
-    newer_scaling = check_rope_scaling(given, f"{where}: rope_parameters")
-    if older is not None and scaling != newer_scaling:
-        raise ModelFormatError(f"{where}: rope_scaling {shown(older)} and rope_parameters {shown(given)} disagree")
-    return newer_scaling
-
-
-def _refuse_variants(fields: Fields, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    """Refuses settings that change the computation into one that the engine does not have."""
-    if fields.get("quantization_config") is not None:
-        fields.fail(
-            "quantization_config", "quantized Hugging Face checkpoints are not supported yet; take the original"
-        )
-    if fields.get("hidden_act") != "silu":
-        fields.fail("hidden_act", f"found {shown(fields.get('hidden_act'))}, only 'silu' is supported")
-    if fields.flag("mlp_bias"):
-        fields.fail("mlp_bias", "biases in the MLP are not supported in this version")
-    window = fields.get("sliding_window")
-    if window is not None and fields.integer("sliding_window", 1, 1 << 30) < config["max_seq_len"]:
-        fields.fail(
-            "sliding_window",
-            f"found {window}, shorter than max_position_embeddings {config['max_seq_len']};"
-            " sliding-window attention is not supported in this version",
-        )
-    for owner in (fields, Fields(rope, f"{fields.where}: rope_parameters")):
-        if owner.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
-            owner.fail("partial_rotary_factor", f"found {owner.get('partial_rotary_factor')}, only 1 is supported")
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -179,21 +128,23 @@ def _stored(file: SafetensorsFile, name: str) -> StoredTensor:
     return StoredTensor(file.file, name, info.dtype, kind, info.shape, info.start, info.end - info.start)
 
 
-def _check_tied(family: Family, config: Mapping[str, Any], stored: dict[str, StoredTensor], where: str) -> None:
+def _check_tied(family: Family, config: Mapping[str, Any], stored: dict[str, Rows], where: str) -> None:
     """A tied checkpoint may carry the head a second time, as long as it is the same; the copy is dropped."""
     head, embedding = family.outer["output"], family.outer["tok_embeddings"]
     if not config["tied_embeddings"] or head not in stored or embedding not in stored:
         return
     copy, original = stored.pop(head), stored[embedding]
-    same = copy.shape == original.shape and copy.type_name == original.type_name
-    if not same or not _equal_bytes(copy.data(), original.data()):
+    if copy.shape != original.shape or copy.type_name != original.type_name or not _equal(copy, original):
         raise ModelFormatError(f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}")
 
 
-def _equal_bytes(a: Bytes, b: Bytes) -> bool:
+def _equal(a: Rows, b: Rows) -> bool:
     """In steps, because comparing makes an array as long as what it compares."""
-    step = 1 << 22
-    return a.size == b.size and all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))
+    if isinstance(a, StoredTensor) and isinstance(b, StoredTensor):
+        left, right, step = a.data(), b.data(), 1 << 22
+        return all(np.array_equal(left[i : i + step], right[i : i + step]) for i in range(0, left.size, step))
+    indexes = np.array_split(np.arange(a.shape[0]), 1 + math.prod(a.shape) // (1 << 20))
+    return all(np.array_equal(a.read(index), b.read(index), equal_nan=True) for index in indexes)
 
 
 def _identity(name: str, paths: list[Path]) -> dict[str, Any]:
