@@ -172,7 +172,7 @@ BAD_HF_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "gelu": ({"hidden_act": "gelu"}, r"hidden_act: found 'gelu', only 'silu'"),
     "mlp_bias": ({"mlp_bias": True}, r"mlp_bias: found True"),
     "flag as text": ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings: found 'yes'"),
-    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config: quantized"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, r"bits: found None"),
     "window": ({"sliding_window": 64}, r"sliding_window: found 64, shorter than max_position_embeddings 128"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor: found 0.5"),
     "rope_scaling as text": ({"rope_scaling": "linear"}, r"rope_scaling: found 'linear', expected an object"),

@@ -115,7 +115,6 @@ def _one_scaling(family: Family, fields: Fields, scaling: Any, key: str) -> dict
 
 def _refuse_variants(family: Family, fields: Fields, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
     """Refuses settings that change the computation into one that the engine does not have."""
-    _refuse_quantized(fields)
     if fields.get("hidden_act") != "silu":
         fields.fail("hidden_act", f"found {shown(fields.get('hidden_act'))}, only 'silu' is supported")
     window = fields.get("sliding_window")
@@ -133,13 +132,6 @@ def _refuse_variants(family: Family, fields: Fields, config: Mapping[str, Any], 
         if owner.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
             owner.fail("partial_rotary_factor", f"found {owner.get('partial_rotary_factor')}, only 1 is supported")
     _refuse_strangers(family, fields)
-
-
-def _refuse_quantized(fields: Fields) -> None:
-    if fields.get("quantization_config") is not None:
-        fields.fail(
-            "quantization_config", "quantized Hugging Face checkpoints are not supported yet; take the original"
-        )
 
 
 def _refuse_strangers(family: Family, fields: Fields) -> None:

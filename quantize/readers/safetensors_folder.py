@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder: config.json, and weights in one safetensors file or in shards with an index.
 
 What config.json means is hf_config.py's affair; here are the files: which there are, what lies where, what they hold.
-Quantized Hugging Face checkpoints and PyTorch files are refused. The container is pyllama.common.safetensors' affair.
+Packed matrices are hf_quantized.py's affair, the container is pyllama.common.safetensors'. PyTorch files are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..binding import bind
 from ..families import Family
 from ..fields import Fields
 from .hf_config import read_hf_config
+from .hf_quantized import unpack_quantized
 from .source import DENSE_TYPES, Rows, Source, StoredTensor
 
 INDEX = "model.safetensors.index.json"
@@ -60,7 +61,7 @@ def open_safetensors(folder: Path, single: Path | None = None) -> Source:
         ends = Fields(generation, str(generation_path)).tokens("eos_token_id", config["vocab_size"])
         config["eos_token_ids"] = ends
     paths, index = ([single], None) if single is not None else _weight_files(folder)
-    stored: dict[str, Rows] = dict(_load(paths, index))
+    stored = unpack_quantized(raw, folder, _load(paths, index))
     _check_tied(found.family, config, stored, str(config_path))
     tensors = bind(found.family, config, stored, str(folder), optional=found.optional, factors=found.factors)
     used = [config_path, *paths, *(folder / name for name in TOKENIZER_FILES if (folder / name).exists())]

@@ -1,0 +1,289 @@
+"""Matrices as other quantizers pack them: codes in words of 32 bits, and a scale and an offset per group of columns.
+
+GPTQ (auto-gptq, gptqmodel), AWQ (AutoAWQ's gemm and gemv) and MLX's affine mode differ in where a code lies in a word
+and which way words run; all of them are little-endian bit streams. What a config says about them is hf_quantized.py's
+affair. Nothing here rounds: `read_packed` hands over codes, scales and offsets as they are stored.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllama.common.errors import ModelFormatError
+from pyllama.common.formats import GROUPS, Packed, from_bf16
+from pyllama.common.reader import shown
+
+from .source import Grid, Index, Rows, StoredTensor
+
+Array = NDArray[Any]
+
+# Of the eight columns in one of AWQ's words, column c lies at nibble _AWQ_NIBBLES[c]: even ones below, odd ones above.
+_AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]
+_NUMBERS: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<f4")}
+
+
+class Grouped(Rows):
+    """[N, K] codes of `bits` bits; group g of row n has scale s and a zero point z, or a minimum m.
+
+    A weight is s · (code − z), or s · code + m. `of_column`: the group of each column where it is not column // group
+    (GPTQ's g_idx with act-order), int [K]. zero_points: whether offsets are zero points.
+    """
+
+    method = ""
+    zero_points = True
+
+    def __init__(
+        self, module: str, parts: Mapping[str, StoredTensor], shape: tuple[int, int], bits: int, group: int
+    ) -> None:
+        self.name = f"{module}.weight"
+        self.type_name = f"{self.method}{bits}"
+        self.shape = shape
+        self.n_bytes = sum(part.n_bytes for part in parts.values())
+        self.bits, self.group = bits, min(group, shape[1])
+        self.n_groups = -(-shape[1] // self.group)
+        self.parts = parts
+        self.of_column: Array | None = None
+
+    @property
+    def where(self) -> str:
+        return next(iter(self.parts.values())).where
+
+    @property
+    def grid(self) -> Grid | None:
+        scale = {"F16": "f16", "BF16": "bf16"}.get(self.parts["scales"].type_name)
+        group = self._our_group()
+        order = self.input_order
+        if scale is None or not group or self.bits > 4 or (order is None) != (self.of_column is None):
+            return None
+        return Grid("q4a", group, scale, "u8" if self.zero_points else scale, input_order=order is not None)
+
+    @property
+    def input_order(self) -> Array | None:
+        """The columns group by group, int32 [K]; None where they lie so, or where groups have other sizes than ours."""
+        if self.of_column is None:
+            return None
+        sizes = np.bincount(self.of_column, minlength=self.n_groups)
+        if (sizes[:-1] != self.group).any() or sizes[-1] != self.shape[1] - self.group * (self.n_groups - 1):
+            return None
+        return np.argsort(self.of_column, kind="stable").astype(np.int32)
+
+    def read(self, index: Index) -> NDArray[np.float32]:
+        scales, offsets = (self._per_column(part) for part in (self.scales(index), self.offsets(index)))
+        values = self.codes(index).astype(np.float32)
+        if self.zero_points:
+            values -= offsets
+            values *= scales
+        else:
+            values *= scales
+            values += offsets
+        return values
+
+    def read_packed(self, index: Index) -> Packed:
+        grid = self.grid
+        if grid is None:
+            return super().read_packed(index)
+        order = self.input_order
+        codes = self.codes(index)
+        n_groups = -(-self.shape[1] // grid.group)
+        repeats = n_groups if self.n_groups == 1 else self.group // grid.group  # theirs may be several of ours
+        scales, offsets = (
+            np.ascontiguousarray(np.repeat(part, repeats, axis=1)[:, :n_groups]) if repeats > 1 else part
+            for part in (self.scales(index), self.offsets(index))
+        )
+        return Packed(codes if order is None else codes[:, order], scales, offsets, order)
+
+    @abstractmethod
+    def codes(self, index: Index) -> Array:
+        """uint8 [len(index), K], contiguous."""
+
+    @abstractmethod
+    def scales(self, index: Index) -> Array:
+        """[len(index), G] as stored: float16, float32, or uint16 that holds bf16."""
+
+    @abstractmethod
+    def offsets(self, index: Index) -> Array:
+        """[len(index), G]: zero points uint8, or minima as stored."""
+
+    def _our_group(self) -> int:
+        """Our largest group that theirs is made of; 0 if there is none."""
+        if self.n_groups == 1 and self.of_column is None:
+            return max(GROUPS)
+        return next((group for group in sorted(GROUPS, reverse=True) if self.group % group == 0), 0)
+
+    def _per_column(self, part: Array) -> NDArray[np.float32]:
+        numbers = from_bf16(part) if part.dtype == np.uint16 else part.astype(np.float32)
+        if self.of_column is not None:
+            return numbers[:, self.of_column]
+        return np.repeat(numbers, self.group, axis=1)[:, : self.shape[1]]
+
+    def words(self, part: str) -> Array:
+        """A packed part as uint32, mapped."""
+        return self.parts[part].data().view("<u4").reshape(self.parts[part].shape)
+
+    def numbers(self, part: str) -> Array:
+        """Scales or minima as stored, mapped."""
+        stored = self.parts[part]
+        return stored.data().view(_NUMBERS[stored.type_name]).reshape(stored.shape)
+
+
+class GptqRows(Grouped):
+    """auto-gptq's and gptqmodel's form: words run down the columns of the transposed matrix.
+
+    qweight I32 [K·bits/32, N]; qzeros I32 [G, N·bits/32], a word holding neighbouring n; scales [G, N]; g_idx I32 [K].
+    plus_one: zero points are stored less one (checkpoint_format gptq). Then one is added in every field of a word at
+    once, as gptqmodel does: where it stored the zero point 0, the borrow of its subtraction comes back as the carry.
+    """
+
+    method = "GPTQ"
+
+    def __init__(
+        self,
+        module: str,
+        parts: Mapping[str, StoredTensor],
+        shape: tuple[int, int],
+        bits: int,
+        group: int,
+        *,
+        plus_one: bool,
+        symmetric: bool,
+    ) -> None:
+        super().__init__(module, parts, shape, bits, group)
+        self.plus_one, self.symmetric = plus_one, symmetric
+        if "g_idx" in parts:
+            of_column = parts["g_idx"].data().view("<i4").astype(np.intp)
+            if of_column.min() < 0 or of_column.max() >= self.n_groups:
+                wrong = of_column[(of_column < 0) | (of_column >= self.n_groups)][0]
+                raise ModelFormatError(
+                    f"{self.where}: tensor {shown(parts['g_idx'].name)} names group {wrong},"
+                    f" expected 0 to {self.n_groups - 1}; damaged?"
+                )
+            if not np.array_equal(of_column, np.arange(shape[1]) // self.group):
+                self.of_column = of_column
+
+    @property
+    def grid(self) -> Grid | None:
+        """Symmetric codes of 8 bits are q8 less 128."""
+        if self.bits != 8:
+            return super().grid
+        half = self.parts["scales"].type_name == "F16" and self._our_group()
+        return Grid("q8", self._our_group()) if half and self.symmetric and self.of_column is None else None
+
+    def read_packed(self, index: Index) -> Packed:
+        packed = super().read_packed(index)
+        if self.bits == 8 and packed.offsets is not None:
+            if (packed.offsets != 128).any():
+                raise ModelFormatError(
+                    f"{self.where}: tensor {shown(self.parts['qzeros'].name)} holds other zero points than 128, though"
+                    " quantization_config says sym; set sym to false there to have the values rounded to q8"
+                )
+            return Packed((packed.codes ^ 0x80).view(np.int8), packed.scales)
+        return packed
+
+    def codes(self, index: Index) -> Array:
+        words = _columns(self.words("qweight"), index)
+        stream = words.view(np.uint8).reshape(len(words), len(index), 4).transpose(1, 0, 2)
+        return unpack_bits(np.ascontiguousarray(stream).reshape(len(index), -1), self.bits)
+
+    def scales(self, index: Index) -> Array:
+        return np.ascontiguousarray(_columns(self.numbers("scales"), index).T)
+
+    def offsets(self, index: Index) -> Array:
+        span, here = _word_span(index, 32 // self.bits)
+        words = self.words("qzeros")[:, span]
+        if self.plus_one:
+            words = words + np.uint32(0x11111111 if self.bits == 4 else 0x01010101)
+        zeros = unpack_bits(np.ascontiguousarray(words).view(np.uint8), self.bits)
+        return np.ascontiguousarray(_columns(zeros, here).T)
+
+
+class AwqRows(Grouped):
+    """AutoAWQ's gemm form: qweight I32 [K, N/8], qzeros I32 [G, N/8], scales [G, N]; a word holds 8 neighbouring n."""
+
+    method = "AWQ"
+
+    def codes(self, index: Index) -> Array:
+        return self._unpack("qweight", index)
+
+    def scales(self, index: Index) -> Array:
+        return np.ascontiguousarray(_columns(self.numbers("scales"), index).T)
+
+    def offsets(self, index: Index) -> Array:
+        return self._unpack("qzeros", index)
+
+    def _unpack(self, part: str, index: Index) -> Array:
+        span, here = _word_span(index, 8)
+        words = np.ascontiguousarray(self.words(part)[:, span])
+        nibbles = unpack_bits(words.view(np.uint8), 4).reshape(len(words), -1, 8)[:, :, _AWQ_NIBBLES]
+        return np.ascontiguousarray(_columns(nibbles.reshape(len(words), -1), here).T)
+
+
+class AwqGemvRows(Grouped):
+    """AutoAWQ's gemv form: qweight I32 [N, K/8], qzeros I32 [N, Z], scales [N, 8 Z]; groups beyond G are padding."""
+
+    method = "AWQ"
+
+    def codes(self, index: Index) -> Array:
+        return unpack_bits(_take(self.words("qweight"), index).view(np.uint8), 4)
+
+    def scales(self, index: Index) -> Array:
+        return np.ascontiguousarray(_take(self.numbers("scales"), index)[:, : self.n_groups])
+
+    def offsets(self, index: Index) -> Array:
+        zeros = unpack_bits(_take(self.words("qzeros"), index).view(np.uint8), 4)
+        return np.ascontiguousarray(zeros[:, : self.n_groups])
+
+
+class MlxRows(Grouped):
+    """MLX's affine mode: weight U32 [N, K·bits/32], a bit stream along k; scales and biases [N, G], of one type."""
+
+    method = "MLX"
+    zero_points = False
+
+    def codes(self, index: Index) -> Array:
+        return unpack_bits(_take(self.words("weight"), index).view(np.uint8), self.bits)
+
+    def scales(self, index: Index) -> Array:
+        return _take(self.numbers("scales"), index)
+
+    def offsets(self, index: Index) -> Array:
+        return _take(self.numbers("biases"), index)
+
+
+def unpack_bits(stream: Array, bits: int) -> Array:
+    """uint8 [n, bytes] as a little-endian stream of codes of 2 to 8 bits: uint8 [n, bytes·8/bits]."""
+    n = len(stream)
+    if bits == 8:
+        return stream.copy()
+    if bits == 4:
+        return np.stack([stream & 15, stream >> 4], axis=2).reshape(n, -1)
+    octets = np.zeros((n, stream.shape[1] // bits, 8), np.uint8)  # eight codes lie in `bits` bytes
+    octets[:, :, :bits] = stream.reshape(n, -1, bits)
+    shifts = np.arange(0, 8 * bits, bits, dtype=np.uint64)
+    codes = (octets.view("<u8") >> shifts) & np.uint64((1 << bits) - 1)
+    return codes.astype(np.uint8).reshape(n, -1)
+
+
+def _word_span(index: Index, per_word: int) -> tuple[slice, Index]:
+    """The words that hold the columns `index`, and where those columns are among the words' own."""
+    first, last = int(index.min()) // per_word, int(index.max()) // per_word + 1
+    return slice(first, last), index - first * per_word
+
+
+def _consecutive(index: Index) -> slice | Index:
+    """`index` as a slice where it is one, which numpy takes much faster."""
+    first, last = int(index[0]), int(index[-1])
+    steps_by_one = last - first == len(index) - 1 and np.array_equal(index, np.arange(first, last + 1))
+    return slice(first, last + 1) if steps_by_one else index
+
+
+def _take(rows: Array, index: Index) -> Array:
+    return np.ascontiguousarray(rows[_consecutive(index)])
+
+
+def _columns(matrix: Array, index: Index) -> Array:
+    return np.ascontiguousarray(matrix[:, _consecutive(index)])
