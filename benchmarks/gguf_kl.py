@@ -2,10 +2,10 @@
 
     python -m benchmarks.gguf_kl [TYPE …]            needs llama-cpp-python and gguf
 
-The demo's width, 576, is no multiple of 256. It is widened by zeros to 768 without changing what it computes (norms make
-up for the longer vector; three heads and the columns behind them are zero), quantized by llama.cpp, and run by our engine
-three ways: decoded to float32, as it is opened, and as it is opened with the weights turned back into float32, which
-leaves the arithmetic of activations out. Kullback-Leibler divergences in nats, mean over the tokens of a text.
+The demo's width, 576, is no multiple of 256. It is widened by zeros to 768 without changing what it computes (norms
+make up for the longer vector; three heads and the columns behind them are zero), quantized by llama.cpp, and run by our
+engine three ways: decoded to float32, as it is opened, and as it is opened with the weights turned back into float32,
+which leaves the arithmetic of activations out. Kullback-Leibler divergences in nats, mean over the tokens of a text.
 """
 
 from __future__ import annotations

@@ -98,7 +98,59 @@ _QWEN_DEFAULTS = _HF_DEFAULTS | {
     "max_window_layers": 28,
 }
 _QKV, _GATE_UP = "model.layers.{i}.self_attn.qkv_proj.weight", "model.layers.{i}.mlp.gate_up_proj.weight"
+# GGUF names are the same for all architectures, keys but for their prefix.
+_GGUF_KEYS = {
+    "dim": "embedding_length",
+    "hidden_dim": "feed_forward_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "context_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "attention_scale": "attention.scale",
+    "sliding_window": "attention.sliding_window",
+}
+_GGUF_LAYER = {
+    "attn_norm": "blk.{i}.attn_norm.weight",
+    "wq": "blk.{i}.attn_q.weight",
+    "wk": "blk.{i}.attn_k.weight",
+    "wv": "blk.{i}.attn_v.weight",
+    "bq": "blk.{i}.attn_q.bias",
+    "bk": "blk.{i}.attn_k.bias",
+    "bv": "blk.{i}.attn_v.bias",
+    "wo": "blk.{i}.attn_output.weight",
+    "mlp_norm": "blk.{i}.ffn_norm.weight",
+    "w_gate": "blk.{i}.ffn_gate.weight",
+    "w_up": "blk.{i}.ffn_up.weight",
+    "w_down": "blk.{i}.ffn_down.weight",
+}
+_GGUF_OUTER = {"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"}
 _GGUF_ZERO = ("attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
+# Its reader makes rope_scaling of the factors.
+_GGUF_ROPE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def _gguf(
+    architecture: str, *, keys: Mapping[str, str] | None = None, layer: Mapping[str, str] | None = None, **more: Any
+) -> Family:
+    """A family of GGUF files. `keys`: beyond the usual ones, without the prefix. `layer`: other names of tensors."""
+    return Family(
+        architecture=architecture,
+        container="gguf",
+        model_type=architecture,
+        keys={field: f"{architecture}.{key}" for field, key in (_GGUF_KEYS | dict(keys or {})).items()},
+        layer=_GGUF_LAYER | dict(layer or {}),
+        outer=_GGUF_OUTER,
+        ignored=("blk.{i}.attn_rot_embd.weight", *_GGUF_ROPE),
+        zero_only=tuple("blk.{i}." + name for name in _GGUF_ZERO),
+        defaults={f"{architecture}.rope.freq_base": 10000.0},
+        window=window_of_all,
+        **more,
+    )
+
 
 FAMILIES = (
     Family(
@@ -194,44 +246,27 @@ FAMILIES = (
         window=window_of_all,
         rope_types={"su": "longrope", "yarn": "longrope"},  # names of earlier versions
     ),
-    Family(
-        architecture="llama",
-        container="gguf",
-        model_type="llama",
-        keys={
-            "dim": "llama.embedding_length",
-            "hidden_dim": "llama.feed_forward_length",
-            "n_layers": "llama.block_count",
-            "n_heads": "llama.attention.head_count",
-            "n_kv_heads": "llama.attention.head_count_kv",
-            "head_dim": "llama.attention.key_length",
-            "vocab_size": "llama.vocab_size",
-            "max_seq_len": "llama.context_length",
-            "norm_eps": "llama.attention.layer_norm_rms_epsilon",
-            "rope_theta": "llama.rope.freq_base",
-        },
-        layer={
-            "attn_norm": "blk.{i}.attn_norm.weight",
-            "wq": "blk.{i}.attn_q.weight",
-            "wk": "blk.{i}.attn_k.weight",
-            "wv": "blk.{i}.attn_v.weight",
-            "bq": "blk.{i}.attn_q.bias",
-            "bk": "blk.{i}.attn_k.bias",
-            "bv": "blk.{i}.attn_v.bias",
-            "wo": "blk.{i}.attn_output.weight",
-            "mlp_norm": "blk.{i}.ffn_norm.weight",
-            "w_gate": "blk.{i}.ffn_gate.weight",
-            "w_up": "blk.{i}.ffn_up.weight",
-            "w_down": "blk.{i}.ffn_down.weight",
-        },
-        outer={"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"},
+    _gguf("llama", interleaved=True),  # LLaMA, Mistral, TinyLlama, Yi, SmolLM2
+    _gguf("qwen2", optional=BIASES),  # Qwen2.5 too
+    _gguf(
+        "qwen3",
+        layer={"q_norm": "blk.{i}.attn_q_norm.weight", "k_norm": "blk.{i}.attn_k_norm.weight"},
+        optional=HEAD_NORMS,
+    ),
+    _gguf(
+        "granite",
         interleaved=True,
-        ignored=(
-            "blk.{i}.attn_rot_embd.weight",
-            "rope_freqs.weight",
-        ),  # rope_freqs: its reader makes rope_scaling of it
-        zero_only=tuple("blk.{i}." + name for name in _GGUF_ZERO),
-        defaults={"llama.rope.freq_base": 10000.0},
+        keys={
+            "embedding_scale": "embedding_scale",
+            "residual_scale": "residual_scale",
+            "logits_divisor": "logit_scale",
+        },
+    ),
+    _gguf(
+        "phi3",
+        layer=dict.fromkeys(("wq", "wk", "wv"), "blk.{i}.attn_qkv.weight")
+        | dict.fromkeys(("w_gate", "w_up"), "blk.{i}.ffn_up.weight"),
+        fused=(("wq", "wk", "wv"), ("w_gate", "w_up")),
     ),
 )
 

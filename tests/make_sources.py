@@ -7,6 +7,7 @@ stock libraries in tests/oracles. Encoders round to nearest; exactness is a read
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -323,14 +324,17 @@ def interleave(values: Array, heads: int) -> Array:
     return out
 
 
-def llama_entries(shape: Shape, **changes: tuple[int, Any]) -> list[bytes]:
-    """Metadata of a llama with a SentencePiece vocabulary; `changes`: key, dots as __, to (type, value) or None."""
+def llama_entries(shape: Shape, architecture: str = "llama", **changes: tuple[int, Any]) -> list[bytes]:
+    """Metadata of a llama with a SentencePiece vocabulary; `changes`: key, dots as __, to (type, value) or None.
+
+    `architecture` stands for "llama" in all keys, also in those of `changes`.
+    """
     n = shape.vocab_size
     special = [("<unk>", 2), ("<s>", 3), ("</s>", 3)]
     tokens = [text for text, _ in special] + [f"▁w{i}" for i in range(len(special), n)]
     kinds = [kind for _, kind in special] + [1] * (n - len(special))
     entries: dict[str, tuple[int, Any] | None] = {
-        "general.architecture": (STRING, "llama"),
+        "general.architecture": (STRING, architecture),
         "general.name": (STRING, "small"),
         "llama.block_count": (U32, shape.n_layers),
         "llama.context_length": (U32, shape.max_seq_len),
@@ -353,7 +357,8 @@ def llama_entries(shape: Shape, **changes: tuple[int, Any]) -> list[bytes]:
         "tokenizer.ggml.add_bos_token": (BOOL, 1),
     }
     entries |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [gguf_entry(key, *entry) for key, entry in entries.items() if entry is not None]
+    named = {re.sub(r"^llama\.", f"{architecture}.", key): entry for key, entry in entries.items()}
+    return [gguf_entry(key, *entry) for key, entry in named.items() if entry is not None]
 
 
 def llama_tensors(

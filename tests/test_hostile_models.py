@@ -22,7 +22,7 @@ from pyllama.common.reader import BoundedFile, parse_json, read_json
 from quantize.readers import open_source
 from tests import make_sources as make
 from tests.helpers_hostile import SMALL, WEIGHTS, refused
-from tests.make_sources import ARRAY, F32, STRING, U32, U64, GgufTensor, gguf_bytes
+from tests.make_sources import ARRAY, BOOL, F32, STRING, U32, U64, GgufTensor, gguf_bytes
 
 # --- GGUF models -----------------------------------------------------------------------------------------------------
 
@@ -49,8 +49,19 @@ BAD_GGUF_MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "part of the head rotated": ({"llama__rope__dimension_count": (U32, 8)}, r"dimension_count: found 8, expected"),
     "other value length": ({"llama__attention__value_length": (U32, 32)}, r"value_length: found 32"),
     "experts": ({"llama__expert_count": (U32, 8)}, r"llama.expert_count: found 8, only 0"),
-    "sliding window": ({"llama__attention__sliding_window": (U32, 64)}, r"sliding_window: found 64"),
-    "unknown rope scaling": ({"llama__rope__scaling__type": (STRING, "longrope")}, r"scaling.type: found 'longrope'"),
+    "sliding window of text": ({"llama__attention__sliding_window": (STRING, "64")}, r"sliding_window: found '64'"),
+    "sliding window NaN": ({"llama__attention__sliding_window": (F32, float("nan"))}, r"sliding_window: found nan"),
+    "windows by a pattern": (
+        {"llama__attention__sliding_window_pattern": (U32, 4)},
+        r"sliding_window_pattern: found 4, only 0",
+    ),
+    "not causal": ({"llama__attention__causal": (BOOL, 0)}, r"attention.causal: found False, only true"),
+    "capped logits": ({"llama__final_logit_softcapping": (F32, 30.0)}, r"softcapping: found 30.0, only 0"),
+    "unknown rope scaling": ({"llama__rope__scaling__type": (STRING, "su")}, r"scaling.type: found 'su'"),
+    "longrope without its tensors": (
+        {"llama__rope__scaling__type": (STRING, "longrope")},
+        r"scaling.type: longrope needs the tensors rope_factors_long.weight and rope_factors_short.weight",
+    ),
     "rope factor NaN": (
         {"llama__rope__scaling__type": (STRING, "linear"), "llama__rope__scaling__factor": (F32, float("nan"))},
         r"scaling.factor: found nan",
@@ -68,7 +79,7 @@ BAD_GGUF_MODELS: dict[str, tuple[dict[str, Any], str]] = {
         r"yarn_ext_factor: found 0.5, only 1",
     ),
     "clamped keys": ({"llama__attention__clamp_kqv": (F32, 8.0)}, r"clamp_kqv: found 8.0, only 0"),
-    "attention scale": ({"llama__attention__scale": (F32, 0.5)}, r"attention.scale: found 0.5"),
+    "attention scale": ({"llama__attention__scale": (F32, -0.5)}, r"attention.scale: found -0.5, expected"),
     "bos beyond the vocabulary": ({"tokenizer__ggml__bos_token_id": (U32, 9)}, r"bos_token_id: found 9, expected .* 8"),
     "eos of 2^32 - 1": ({"tokenizer__ggml__eos_token_id": (U32, 2**32 - 1)}, r"eos_token_id: found 4294967295"),
     "vocabulary of another size": (
@@ -95,7 +106,10 @@ def test_vocabulary_of_an_unknown_kind(tmp_path: Path) -> None:
     ("extra", "pattern"),
     [
         (GgufTensor("blk.0.secret.weight", (4,), 0, bytes(16)), r"'blk.0.secret.weight' does not belong to a llama"),
-        (GgufTensor("rope_factors_long.weight", (8,), 0, bytes(32)), r"'rope_factors_long.weight' does not belong"),
+        (
+            GgufTensor("rope_factors_long.weight", (8,), 0, bytes(32)),
+            r"found the tensors rope_factors_long.w",
+        ),
         (GgufTensor("blk.0.ffn_up.bias", (32,), 0, b"\1" * 128), r"blk.0.ffn_up.bias is not zero"),
         (GgufTensor("rope_freqs.weight", (7,), 0, bytes(28)), r"rope_freqs.weight is F32 \[7\], expected F32 \[8\]"),
         (GgufTensor("rope_freqs.weight", (8,), 0, bytes(32)), r"rope_freqs.weight holds factors that are not finite"),

@@ -22,7 +22,28 @@ from ..families import Family, find_family
 from ..fields import Fields, base_config, check_rope_scaling, tensor_factors
 from .gguf_file import GgufFile
 from .gguf_split import read_gguf_parts
-from .source import Source, StoredTensor
+from .gguf_vocab import end_of_turn_ids
+from .source import Source
+
+LONG_SHORT = ("rope_factors_long.weight", "rope_factors_short.weight")
+ROPE_TENSORS = (*LONG_SHORT, "rope_freqs.weight")
+
+# Keys, without the architecture's prefix, of computations that are not ours: all of them off in a file that is read.
+_OTHERS = (
+    "expert_count",
+    "use_parallel_residual",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.output_scale",
+    "attention.sliding_window_pattern",
+    "attention.temperature_scale",
+    "rope.dimension_sections",
+    "rope.scaling.yarn_log_multiplier",
+)
+# Where a number of 0 means "none".
+_OPTIONAL_KEYS = ("attention_scale", "embedding_scale", "residual_scale", "logits_divisor", "sliding_window")
 
 
 def open_gguf(path: str | Path) -> Source:
@@ -34,15 +55,16 @@ def open_gguf(path: str | Path) -> Source:
     if not isinstance(architecture, str):
         fields.fail("general.architecture", f"found {shown(architecture)}, expected text")
     family = find_family("gguf", architecture, None, where)
-    fields = Fields(_uniform(metadata, family, where), where, family.defaults)
-    _refuse_variants(fields)
+    fields = Fields(_tidied(metadata, family, where), where, family.defaults)
+    _refuse_others(fields, family)
     config = base_config(family, fields, _vocab_size(fields, gguf, family))
-    _check_variants(fields, config)
-    config["rope_scaling"] = _rope_scaling(fields, gguf, config)
+    _check_repetitions(fields, family, config)
+    config["rope_scaling"] = _Rope(fields, gguf, family, config).scaling()
     config["tied_embeddings"] = family.outer["output"] not in gguf.tensors
     config["bos_token_id"] = fields.token("tokenizer.ggml.bos_token_id", config["vocab_size"])
     ends = [fields.token(f"tokenizer.ggml.{end}_token_id", config["vocab_size"]) for end in ("eos", "eot", "eom")]
-    config["eos_token_ids"] = list(dict.fromkeys(end for end in ends if end is not None))
+    named = [end for end in ends if end is not None]
+    config["eos_token_ids"] = list(dict.fromkeys(named + end_of_turn_ids(metadata, config["vocab_size"])))
     here = {part for part in OPTIONAL & family.layer.keys() if family.layer[part].format(i=0) in gguf.tensors}
     optional = here.union(family.optional, BIASES if here & set(BIASES) else ())
     factors = tensor_factors(family, fields)
@@ -50,8 +72,8 @@ def open_gguf(path: str | Path) -> Source:
     return Source("gguf", config, tensors, {}, _identity(gguf.files), lambda: _tokenizer_files(metadata, where))
 
 
-def _uniform(metadata: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
-    """Metadata in which a dimension given layer by layer is one number, as long as all layers agree."""
+def _tidied(metadata: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Metadata in which a dimension given layer by layer is one number, if all layers agree, and "none" is absent."""
     out = dict(metadata)
     for name in ("hidden_dim", "n_heads", "n_kv_heads"):
         key = family.keys[name]
@@ -60,32 +82,30 @@ def _uniform(metadata: dict[str, Any], family: Family, where: str) -> dict[str, 
             if not value or any(v != value[0] for v in value):
                 raise ModelFormatError(f"{where}: {key}: differs between layers, which is not supported")
             out[key] = value[0]
+    for name in _OPTIONAL_KEYS:
+        if name in family.keys and out.get(family.keys[name]) == 0:
+            del out[family.keys[name]]
     return out
 
 
-def _refuse_variants(fields: Fields) -> None:
-    """Refuses what shares the name "llama" but computes something else."""
-    for key in ("llama.expert_count", "llama.attention.sliding_window"):
-        if fields.integer(key, 0, 1 << 32, 0):
-            fields.fail(key, f"found {fields.get(key)}, only 0 is supported in this version")
-    for key in (
-        "llama.attention.clamp_kqv",
-        "llama.attention.max_alibi_bias",
-        "llama.rope.scaling.yarn_log_multiplier",
-    ):
-        if fields.number(key, -1e30, 1e30, 0.0):
-            fields.fail(key, f"found {fields.get(key)}, only 0 is supported in this version")
+def _refuse_others(fields: Fields, family: Family) -> None:
+    """Refuses what shares an architecture's name but computes something else."""
+    for key in (f"{family.architecture}.{other}" for other in _OTHERS):
+        if fields.get(key):
+            fields.fail(key, f"found {shown(fields.get(key))}, only 0 is supported in this version")
+    causal = f"{family.architecture}.attention.causal"
+    if fields.get(causal) not in (None, True):
+        fields.fail(causal, f"found {shown(fields.get(causal))}, only true is supported")
 
 
-def _check_variants(fields: Fields, config: dict[str, Any]) -> None:
-    """Fields that repeat what the config already says must agree with it."""
+def _check_repetitions(fields: Fields, family: Family, config: dict[str, Any]) -> None:
+    """Fields that repeat what the config already says must agree with it; the usual scale in float32 is the usual."""
     head_dim = config["head_dim"]
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    for key in (f"{family.architecture}.{name}" for name in ("attention.value_length", "rope.dimension_count")):
         if fields.integer(key, 1, 1 << 20, head_dim) != head_dim:
             fields.fail(key, f"found {fields.get(key)}, expected the head's {head_dim}; other sizes are not supported")
-    scale = fields.number("llama.attention.scale", 0.0, 1e6, 0.0)
-    if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
-        fields.fail("llama.attention.scale", f"found {scale}, only 1/sqrt(head_dim) is supported")
+    if math.isclose(config.get("attention_scale", 0.0), head_dim**-0.5, rel_tol=1e-6):
+        del config["attention_scale"]
 
 
 def _vocab_size(fields: Fields, gguf: GgufFile, family: Family) -> int | None:
@@ -99,58 +119,101 @@ def _vocab_size(fields: Fields, gguf: GgufFile, family: Family) -> int | None:
     return embedding.shape[0] if fields.get(family.keys["vocab_size"]) is None and embedding else None
 
 
-def _rope_scaling(fields: Fields, gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
-    """rope_scaling in Hugging Face's words, or rope_type "factors": frequency i is divided by factors[i]."""
-    prefix = "llama.rope.scaling."
-    kind = fields.get(prefix + "type")
-    factor = (
-        fields.number(prefix + "factor", 0.0, 1e6, 0.0)
-        or fields.number("llama.rope.scale_linear", 0.0, 1e6, 0.0)
-        or 1.0
-    )
-    if kind not in (None, "none", "linear", "yarn"):
-        fields.fail(prefix + "type", f"found {shown(kind)}, this version knows none, linear and yarn")
-    factors = gguf.tensors.get("rope_freqs.weight")
-    if kind == "yarn":
-        if factors is not None:
-            fields.fail(prefix + "type", "yarn together with the tensor rope_freqs.weight is not supported")
-        return check_rope_scaling(_yarn(fields, prefix, factor), f"{fields.where}: {prefix[:-1]}")
-    if fields.number(prefix + "attn_factor", 0.0, 1e6, 1.0) != 1.0:
-        fields.fail(prefix + "attn_factor", "found without yarn, which is not supported")
-    linear = factor if kind != "none" else 1.0
-    if factors is not None:
-        return _rope_factors(fields, factors, config["head_dim"] // 2, linear)
-    scaling = {"rope_type": "linear", "factor": linear} if linear != 1.0 else None
-    return check_rope_scaling(scaling, f"{fields.where}: {prefix[:-1]}")
+class _Rope:
+    """rope_scaling in Hugging Face's words, or rope_type "factors": frequency i is divided by factors[i].
 
+    What a file gives is a type with its numbers, or tensors with a divisor for each pair: one for all contexts
+    (Llama 3.1), or one for short and one for long ones (Phi-3).
+    """
 
-def _yarn(fields: Fields, prefix: str, factor: float) -> dict[str, Any]:
-    out: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
-    if fields.get(prefix + "original_context_length") is not None:
-        out["original_max_position_embeddings"] = fields.integer(prefix + "original_context_length", 1, 1 << 26)
-    extra = fields.number(prefix + "attn_factor", 1e-6, 1e6, 1.0)
-    if extra != 1.0:  # there it multiplies YaRN's own factor, in Hugging Face's config it replaces it
-        out["attention_factor"] = extra * (0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0)
-    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if fields.get(prefix + theirs) is not None:
-            out[ours] = fields.number(prefix + theirs, 1e-6, 1e6)
-    if fields.number(prefix + "yarn_ext_factor", -1.0, 1.0, 1.0) not in (-1.0, 1.0):
-        fields.fail(prefix + "yarn_ext_factor", f"found {fields.get(prefix + 'yarn_ext_factor')}, only 1 is supported")
-    return out
+    def __init__(self, fields: Fields, gguf: GgufFile, family: Family, config: dict[str, Any]) -> None:
+        self.fields, self.tensors, self.config = fields, gguf.tensors, config
+        self.prefix = f"{family.architecture}.rope.scaling."
+        self.kind = fields.get(self.prefix + "type")
+        if self.kind not in (None, "none", "linear", "yarn", "longrope"):
+            known = "this version knows none, linear, yarn and longrope"
+            fields.fail(self.prefix + "type", f"found {shown(self.kind)}, {known}")
+        old = f"{family.architecture}.rope.scale_linear"
+        self.factor = self._number("factor", 0.0) or fields.number(old, 0.0, 1e6, 0.0) or 1.0
 
+    def scaling(self) -> dict[str, Any] | None:
+        """The canonical rope_scaling, None for plain RoPE."""
+        tensors = [name for name in ROPE_TENSORS if name in self.tensors]
+        if self.kind == "longrope" or tensors == list(LONG_SHORT):
+            return self._checked(self._longrope(tensors))
+        if len(tensors) > 1 or (tensors and tensors[0] in LONG_SHORT):
+            wanted = f"{' and '.join(LONG_SHORT)}, or rope_freqs.weight alone"
+            self.fields.fail(self.prefix + "type", f"found the tensors {' and '.join(tensors)}, expected {wanted}")
+        if self.kind == "yarn":
+            if tensors:
+                self.fields.fail(self.prefix + "type", f"yarn together with the tensor {tensors[0]} is not supported")
+            return self._checked(self._yarn())
+        if self._number("attn_factor", 1.0) != 1.0:
+            self.fields.fail(self.prefix + "attn_factor", "found without yarn or longrope, which is not supported")
+        linear = self.factor if self.kind != "none" else 1.0
+        if tensors:
+            factors = [value * linear for value in self._divisors(tensors[0])]
+            return None if all(value == 1.0 for value in factors) else {"rope_type": "factors", "factors": factors}
+        return self._checked({"rope_type": "linear", "factor": linear}) if linear != 1.0 else None
 
-def _rope_factors(fields: Fields, stored: StoredTensor, pairs: int, linear: float) -> dict[str, Any] | None:
-    if stored.type_name != "F32" or stored.shape != (pairs,):
-        raise ModelFormatError(
-            f"{fields.where}: tensor rope_freqs.weight is {stored.type_name} {list(stored.shape)},"
-            f" expected F32 [{pairs}]"
-        )
-    values = stored.data().view("<f4").astype(np.float64) * linear
-    if not np.all(np.isfinite(values) & (values > 0)):
-        raise ModelFormatError(
-            f"{fields.where}: tensor rope_freqs.weight holds factors that are not finite and positive"
-        )
-    return None if np.all(values == 1.0) else {"rope_type": "factors", "factors": values.tolist()}
+    def _number(self, key: str, default: float) -> float:
+        return self.fields.number(self.prefix + key, 0.0, 1e6, default)
+
+    def _checked(self, scaling: dict[str, Any]) -> dict[str, Any] | None:
+        return check_rope_scaling(scaling, f"{self.fields.where}: {self.prefix[:-1]}")
+
+    def _original(self) -> int | None:
+        key = self.prefix + "original_context_length"
+        return None if self.fields.get(key) is None else self.fields.integer(key, 1, 1 << 26)
+
+    def _longrope(self, tensors: list[str]) -> dict[str, Any]:
+        if tensors != list(LONG_SHORT):
+            self.fields.fail(
+                self.prefix + "type", f"longrope needs the tensors {' and '.join(LONG_SHORT)}, and no other"
+            )
+        if self.kind not in (None, "none", "longrope") or self.factor != 1.0:
+            found = f"found {shown(self.kind)}, factor {self.factor:g}"
+            self.fields.fail(self.prefix + "type", f"{found}, which together with {tensors[0]} is not supported")
+        original = self._original() or self.config["max_seq_len"]
+        out: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": original}
+        out["factor"] = self.config["max_seq_len"] / original
+        if self.fields.get(self.prefix + "attn_factor") is not None:
+            out["attention_factor"] = self._number("attn_factor", 1.0)
+        long, short = (self._divisors(name) for name in LONG_SHORT)
+        return {**out, "short_factor": short, "long_factor": long}
+
+    def _yarn(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"rope_type": "yarn", "factor": self.factor}
+        original = self._original()
+        if original is not None:
+            out["original_max_position_embeddings"] = original
+        extra = self._number("attn_factor", 1.0)
+        if extra != 1.0:  # there it multiplies YaRN's own factor, in Hugging Face's config it replaces it
+            out["attention_factor"] = extra * (0.1 * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0)
+        names = {
+            "attention_factor": "yarn_attn_factor",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        }
+        for ours, theirs in names.items():
+            if self.fields.get(self.prefix + theirs) is not None:
+                out[ours] = self.fields.number(self.prefix + theirs, 1e-6, 1e6)
+        if self.fields.number(self.prefix + "yarn_ext_factor", -1.0, 1.0, 1.0) not in (-1.0, 1.0):
+            found = self.fields.get(self.prefix + "yarn_ext_factor")
+            self.fields.fail(self.prefix + "yarn_ext_factor", f"found {found}, only 1 is supported")
+        return out
+
+    def _divisors(self, name: str) -> list[float]:
+        """The numbers of a tensor of factors, one for each pair."""
+        stored, pairs = self.tensors[name], self.config["head_dim"] // 2
+        if stored.type_name != "F32" or stored.shape != (pairs,):
+            raise ModelFormatError(
+                f"{stored.where}: tensor {name} is {stored.type_name} {list(stored.shape)}, expected F32 [{pairs}]"
+            )
+        values = stored.data().view("<f4").astype(np.float64)
+        if not np.all(np.isfinite(values) & (values > 0)):
+            raise ModelFormatError(f"{stored.where}: tensor {name} holds factors that are not finite and positive")
+        return [float(value) for value in values]
 
 
 def _identity(files: tuple[BoundedFile, ...]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from .sentencepiece_proto import Piece, model_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>")
+
 MAX_TOKENS = 4_000_000
 MAX_MERGES = 8_000_000
 MAX_TOKEN_CHARS = 65_536
@@ -110,6 +112,15 @@ def end_token_ids(metadata: dict[str, Any]) -> list[int]:
     n_tokens = len(_tokens(metadata))
     ids = [_token_id(metadata, name, n_tokens) for name in ("eos", "eot", "eom")]
     return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def end_of_turn_ids(metadata: dict[str, Any], n_tokens: int) -> list[int]:
+    """Control tokens below `n_tokens` that by their names end a turn: files tend to name one end of several."""
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(types, list):
+        return []
+    pairs = zip(tokens[:n_tokens], types, strict=False)
+    return [i for i, (token, kind) in enumerate(pairs) if kind == CONTROL and token in END_OF_TURN]
 
 
 def _bpe_files(metadata: dict[str, Any]) -> dict[str, bytes]:
