@@ -22,7 +22,7 @@ from typing import Any
 from .common.errors import PyllamaError
 from .common.formats import FORMATS, VERSION, TensorSpec
 from .common.model_folder import ModelFolder, is_model_folder, read_model_folder
-from .common.reader import parse_json, read_json
+from .common.reader import parse_json, read_bytes, read_json
 from .demo import demo_source
 from .native import load_native
 from .rope import inv_freq
@@ -196,38 +196,86 @@ def _native_weights(folder: ModelFolder) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Description:
-    """What a model is, from its headers. For a foreign checkpoint: what it would be converted to."""
+    """What a model is, from its headers. For a foreign checkpoint: what it would be converted to.
+
+    architecture: the source's name for it. stored: what lies there, type -> [tensors, weights, bytes].
+    conversion: what would be done, in words; None for a folder of ours. vocabulary: see tokenizer/kind.py.
+    """
 
     path: Path
     foreign: bool
+    architecture: str
     config: dict[str, Any]
     specs: tuple[TensorSpec, ...]
-    files: tuple[str, ...]  # of the tokenizer
+    stored: dict[str, list[int]]
+    conversion: str | None
+    vocabulary: dict[str, Any] | None
     has_chat_template: bool
 
 
 def describe_model(path: str | os.PathLike[str]) -> Description:
     """Describes what `path` means without reading weights or converting anything. Raises as `open_model` does."""
     source = _find(path)
-    if is_model_folder(source):
-        from .chat_template import ChatTemplate
+    return _describe_folder(source) if is_model_folder(source) else _describe_checkpoint(source)
 
-        folder = read_model_folder(source)
-        specs = tuple(tensor.spec for tensor in folder.tensors.values())
-        files = tuple(sorted(file.name for file in source.glob("tokenizer*")))
-        return Description(source, False, folder.config, specs, files, ChatTemplate.from_folder(source) is not None)
+
+def _describe_folder(path: Path) -> Description:
+    from .chat_template import ChatTemplate
+    from .tokenizer.kind import FILES, vocabulary_kind
+    from .tokenizer.special import VOCABULARY_LIMIT_BYTES
+
+    folder = read_model_folder(path)
+    specs = tuple(tensor.spec for tensor in folder.tensors.values())
+    stored: dict[str, list[int]] = {}
+    for spec in specs:
+        name = f"{spec.format} g{spec.group}" if spec.group else spec.format
+        _count(stored, name, spec.n_weights, spec.payload_bytes)
+    files = {name: read_bytes(path / name, VOCABULARY_LIMIT_BYTES) for name in FILES if (path / name).is_file()}
+    return Description(
+        path=path,
+        foreign=False,
+        architecture=folder.config["architecture"],
+        config=folder.config,
+        specs=specs,
+        stored=stored,
+        conversion=None,
+        vocabulary=vocabulary_kind(files, str(path)),
+        has_chat_template=ChatTemplate.from_folder(path) is not None,
+    )
+
+
+def _describe_checkpoint(path: Path) -> Description:
     from quantize import make_plan
     from quantize.readers import open_source
 
-    opened = open_source(source)
+    from .tokenizer.kind import vocabulary_kind
+
+    opened = open_source(path)
     plan = make_plan(opened)
+    stored: dict[str, list[int]] = {}
+    for item in plan.tensors:
+        _count(stored, item.source.dtype, item.spec.n_weights, item.source.n_bytes)
     made = opened.tokenizer_files()
-    where = f"{source}: tokenizer_config.json"
+    where = f"{path}: tokenizer_config.json"
     has_template = "chat_template.jinja" in made or bool(
         parse_json(made.get("tokenizer_config.json", b"{}"), where).get("chat_template")
     )
-    specs = tuple(item.spec for item in plan.tensors)
-    return Description(source, True, plan.config(), specs, tuple(sorted(made)), has_template)
+    return Description(
+        path=path,
+        foreign=True,
+        architecture=opened.architecture or plan.config()["architecture"],
+        config=plan.config(),
+        specs=tuple(item.spec for item in plan.tensors),
+        stored=stored,
+        conversion=plan.in_words(),
+        vocabulary=vocabulary_kind(made, str(path)),
+        has_chat_template=has_template,
+    )
+
+
+def _count(stored: dict[str, list[int]], name: str, n_weights: int, n_bytes: int) -> None:
+    row = stored.setdefault(name, [0, 0, 0])
+    row[0], row[1], row[2] = row[0] + 1, row[1] + n_weights, row[2] + n_bytes
 
 
 # -------------------------------------------------------------------------------- foreign checkpoints

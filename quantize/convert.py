@@ -118,6 +118,23 @@ class Plan:
                 weights[kind_of(item)] = weights.get(kind_of(item), 0) + item.spec.n_weights
         return " and ".join(sorted(weights, key=lambda kind: -weights[kind])[:2])
 
+    def in_words(self) -> str:
+        """What becomes of the matrices: how many are taken over, rounded, or changed to other numbers."""
+        counts: dict[str, int] = {}
+        for item in self.tensors:
+            if not item.spec.is_vector:
+                group = f" g{item.spec.group}" if item.spec.group else ""
+                how = {"repack": "repacked without loss", "quantize": f"by {self.method}", "cast": "as numbers"}[
+                    item.how
+                ]
+                how = "repacked with rounded scales" if item.rounds_scales else how
+                name = f"{item.spec.format}{group} {how}"
+                counts[name] = counts.get(name, 0) + 1
+        return ", ".join(
+            f"{n} {'matrix' if n == 1 else 'matrices'} to {name}"
+            for name, n in sorted(counts.items(), key=lambda pair: -pair[1])
+        )
+
     def config(self) -> dict[str, Any]:
         """config.json of the model folder."""
         quantization: dict[str, Any] = {"format": self.format}

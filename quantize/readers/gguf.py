@@ -69,7 +69,8 @@ def open_gguf(path: str | Path) -> Source:
     optional = here.union(family.optional, BIASES if here & set(BIASES) else ())
     factors = tensor_factors(family, fields)
     tensors = bind(family, config, gguf.tensors, where, optional=optional, factors=factors)
-    return Source("gguf", config, tensors, {}, _identity(gguf.files), lambda: _tokenizer_files(metadata, where))
+    identity = _identity(gguf.files)
+    return Source("gguf", config, tensors, {}, identity, lambda: _tokenizer_files(metadata, where), architecture)
 
 
 def _tidied(metadata: dict[str, Any], family: Family, where: str) -> dict[str, Any]:

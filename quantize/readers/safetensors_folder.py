@@ -66,7 +66,8 @@ def open_safetensors(folder: Path, single: Path | None = None) -> Source:
     tensors = bind(found.family, config, stored, str(folder), optional=found.optional, factors=found.factors)
     used = [config_path, *paths, *(folder / name for name in TOKENIZER_FILES if (folder / name).exists())]
     identity = _identity(os.path.basename(os.path.abspath(single or folder)), used)
-    return Source("safetensors", config, tensors, generation, identity, lambda: _tokenizer_files(folder))
+    name = found.family.architecture
+    return Source("safetensors", config, tensors, generation, identity, lambda: _tokenizer_files(folder), name)
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

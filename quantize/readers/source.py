@@ -426,6 +426,7 @@ class Source:
     kind: "safetensors" or "gguf". config: config.json of docs/FORMAT.md without `quantization` and `source`.
     tensors: by canonical name, in the order of the forward pass. generation_config: {} if there is none.
     identity: kind, name, size_bytes, mtime_ns, sha256_head; equal when, very likely, the source is. No absolute path.
+    architecture: what the source calls it.
     """
 
     kind: str
@@ -434,6 +435,7 @@ class Source:
     generation_config: dict[str, Any]
     identity: dict[str, Any]
     _tokenizer_files: Callable[[], dict[str, bytes]] = field(repr=False)
+    architecture: str = ""
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files of the tokenizer, by name, to be written beside the model. Raises ModelFormatError."""

@@ -13,9 +13,12 @@ import pytest
 
 from pyllama import __version__
 from pyllama.cli.main import main
+from pyllama.common.errors import ModelFormatError
 from pyllama.memory import available_bytes
 from pyllama.native import load_native
 from pyllama.open import cache_folder
+from pyllama.tokenizer.kind import vocabulary_kind
+from tests import make_sources as make
 
 from .conftest import Captured
 
@@ -96,6 +99,78 @@ def test_info(demo_model: Path, gguf: Path, capsys: Captured) -> None:
     assert "a foreign checkpoint" in capsys.readouterr().out
     assert sum(row["params"] for row in record["formats"].values()) == record["n_params"]
     assert record["bits_per_weight"] == pytest.approx(8 * record["n_bytes"] / record["n_params"])
+
+
+def test_info_tells_what_running_takes(gguf: Path, capsys: Captured) -> None:
+    """The memory of weights, cache and buffers: those of `pyllama plan`."""
+    assert main(["info", str(gguf), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert main(["plan", str(gguf), "--device", "cpu", "-o", "json"]) == 0
+    share = json.loads(capsys.readouterr().out)["on_cpu"]
+    (row,) = record["memory"]  # this model's context is shorter than 4096
+    assert row["n_ctx"] == 128 and row["total"] == row["weights"] + row["cache"] + row["buffers"]
+    assert (row["cache"], row["buffers"]) == (share["cache"], share["buffers"])
+    assert row["weights"] == record["n_bytes"] == share["layers"] + share["embedding"] + share["head"]
+    assert record["conversion"] == "16 matrices to q4 g32 repacked without loss"
+    assert record["architecture"] == "llama" and record["features"] == []
+    assert record["vocabulary"] == {"file": "tokenizer.model", "kind": "SentencePiece", "n_tokens": 45}
+    assert record["stored"]["Q4_0"] == record["formats"]["q4 g32"] | {"bytes": record["stored"]["Q4_0"]["bytes"]}
+    assert record["stored_bytes"] == sum(row["bytes"] for row in record["stored"].values())
+
+
+def test_info_of_a_hugging_face_folder(tmp_path: Path, capsys: Captured) -> None:
+    shape = make.Shape(max_seq_len=8192, biases=True)
+    names = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_bias": ...}
+    yarn = {"type": "yarn", "factor": 2.0}
+    folder = make.write_hf_folder(
+        tmp_path / "m", shape, make.random_weights(shape), dtype="BF16", rope_scaling=yarn, **names
+    )
+    vocabulary = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {"model": vocabulary, "added_tokens": [{"id": 2, "content": "</s>"}], "decoder": {"type": "ByteLevel"}}
+        )
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert main(["info", str(folder), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    features = ["RoPE scaling yarn", "biases of query, key and value"]
+    assert record["architecture"] == "Qwen2ForCausalLM" and record["features"] == features
+    assert [row["n_ctx"] for row in record["memory"]] == [4096, 8192] and record["chat_template"] is True
+    assert record["vocabulary"] == {"file": "tokenizer.json", "kind": "byte-level BPE", "n_tokens": 3}
+    assert record["conversion"] == "16 matrices to q8 g32 by rtn"
+    assert record["stored_bytes"] == 2 * record["n_params"] and list(record["stored"]) == ["BF16"]
+    assert main(["info", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"architecture +Qwen2ForCausalLM; RoPE scaling yarn; biases", text)
+    assert re.search(r"memory +\d+ MiB with a context of 8192 tokens", text)
+    assert re.search(r"BF16 +\d+ +[\d,]+ +100.0 % ", text)
+    assert not cache_folder().exists()
+
+
+@pytest.mark.parametrize(
+    ("raw", "match"),
+    [
+        (b"[]", "tokenizer.json: is no tokenizer: TypeError"),
+        (b"{}", "tokenizer.json: is no tokenizer: KeyError: 'model'"),
+        (b'{"model": {"vocab": 3}}', "tokenizer.json: is no tokenizer: AttributeError"),
+        (b'{"model": {"vocab": {"a": []}}}', "tokenizer.json: is no tokenizer: TypeError"),
+        (b'{"model": ' + b"[" * 100_000, "tokenizer.json: is no tokenizer: RecursionError"),
+        (b"\xff", "tokenizer.json: is no tokenizer: JSONDecodeError"),
+    ],
+)
+def test_a_broken_vocabulary(raw: bytes, match: str) -> None:
+    with pytest.raises(ModelFormatError, match=re.escape(match)):
+        vocabulary_kind({"tokenizer.json": raw}, "here")
+
+
+def test_vocabularies_by_their_files() -> None:
+    unigram = json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0], ["b", -1.0]]}}).encode()
+    both = {"tokenizer.model": b"", "tokenizer.json": unigram}
+    assert vocabulary_kind(both, "") == {"file": "tokenizer.json", "kind": "Unigram", "n_tokens": 2}
+    assert vocabulary_kind({"vocab.txt": b""}, "") is None
+    with pytest.raises(ModelFormatError, match=r"here: tokenizer.model: the sentencepiece library cannot open it"):
+        vocabulary_kind({"tokenizer.model": b"\x99\x99"}, "here")
 
 
 def test_doctor(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
