@@ -67,9 +67,9 @@ class Backend {
 
   // A step, in this order. x is the residual stream [n_tok, dim], held by the backend.
   virtual void begin(const Step& step) = 0;   // the step must outlive end()
-  virtual void embed() = 0;                   // x = tok_embeddings[tokens]
-  virtual void attention_in(int layer) = 0;   // q,k,v = rope(W·norm(x) + b); append k,v to the pages
-  virtual void attention(int layer) = 0;      // o = softmax(q·kᵀ/√head_dim)·v, causal, per head
+  virtual void embed() = 0;                   // x = tok_embeddings[tokens] · embedding_scale
+  virtual void attention_in(int layer) = 0;   // q,k,v = W·norm(x) + b; q,k = rope(norm(q,k)); append k,v to the pages
+  virtual void attention(int layer) = 0;      // o = softmax(q·kᵀ · attention_scale)·v, causal, in the window, per head
   virtual void attention_out(int layer) = 0;  // x += wo·o
   virtual void mlp_in(int layer) = 0;         // h = silu(w_gate·norm(x)) ⊙ (w_up·norm(x))
   virtual void mlp_out(int layer) = 0;        // x += w_down·h

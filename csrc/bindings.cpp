@@ -114,6 +114,28 @@ T config_value(const py::dict& config, const char* key, const char* expected) {
 
 }  // namespace
 
+namespace {
+
+// Whether a key that may be absent or null says something.
+bool config_says(const py::dict& config, const char* key) { return config.contains(key) && !config[key].is_none(); }
+
+// [n_layers] how many keys a token sees, or nothing where all layers see all; n_layers is checked already.
+std::vector<int> read_windows(const py::dict& dict, int n_layers) {
+  if (!config_says(dict, "sliding_window")) return {};
+  const int window = config_value<int>(dict, "sliding_window", "an integer or null");
+  check(window >= 1, "config: sliding_window is ", window, ", expected at least 1, or null");
+  std::vector<int> windows(static_cast<size_t>(n_layers), std::min(window, kAllKeys));
+  if (!config_says(dict, "sliding_layers")) return windows;
+  std::fill(windows.begin(), windows.end(), kAllKeys);
+  for (const int layer : config_value<std::vector<int>>(dict, "sliding_layers", "a list of layer numbers")) {
+    check(layer >= 0 && layer < n_layers, "config: sliding_layers holds ", layer, ", expected 0…", n_layers - 1);
+    windows[static_cast<size_t>(layer)] = std::min(window, kAllKeys);
+  }
+  return windows;
+}
+
+}  // namespace
+
 bool config_flag(const py::dict& config, const char* key) {
   const auto value = config_value<py::object>(config, key, "true or false");
   check(py::isinstance<py::bool_>(value), "config: ", key, " is ", std::string(py::repr(value)),
@@ -135,6 +157,13 @@ Config read_config(const py::dict& dict) {
   c.norm_eps = config_value<float>(dict, "norm_eps", "a number");
   c.rope_inv_freq = config_value<std::vector<float>>(dict, "rope_inv_freq", "numbers [head_dim/2]");
   c.rope_attention_factor = config_value<float>(dict, "rope_attention_factor", "a number");
+  const auto scale = [&](const char* key, float otherwise) {
+    return config_says(dict, key) ? config_value<float>(dict, key, "a number") : otherwise;
+  };
+  c.embedding_scale = scale("embedding_scale", 1.0f);
+  c.attention_scale = scale("attention_scale", default_attention_scale(c.head_dim));
+  check_config(c);
+  c.windows = read_windows(dict, c.n_layers);
   return c;
 }
 

@@ -135,9 +135,11 @@ Floats dequantize_row(const PyWeight& pw, int row) {
   return y;
 }
 
-// Causal attention of n_tok queries that stand at positions pos … pos + n_tok - 1 over pos + n_tok keys.
+// Causal attention of n_tok queries that stand at positions pos … pos + n_tok - 1 over pos + n_tok keys, each over
+// those keys of its window, if that is not 0.
 Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, const std::string& isa, int threads,
-                 const std::string& kv_dtype) {
+                 const std::string& kv_dtype, int window) {
+  need(window >= 0, "window must be 0 (none) or more");
   need(q.ndim() == 3 && k.ndim() == 3 && v.ndim() == 3,
        "q [n_tok, n_heads, head_dim], k and v [keys, n_kv_heads, head_dim]");
   Config c;
@@ -145,6 +147,8 @@ Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, con
   c.n_kv_heads = static_cast<int>(k.shape(1));
   c.head_dim = static_cast<int>(q.shape(2));
   c.n_layers = 1;
+  c.attention_scale = default_attention_scale(c.head_dim);
+  if (window > 0) c.windows = {std::min(window, kAllKeys)};
   const int n_tok = static_cast<int>(q.shape(0)), keys = static_cast<int>(k.shape(0));
   need(k.shape(2) == c.head_dim && v.shape(0) == keys && v.shape(1) == c.n_kv_heads && v.shape(2) == c.head_dim,
        "k and v must agree with q");
@@ -180,7 +184,7 @@ Floats attention(const Floats& q, const Floats& k, const Floats& v, int pos, con
   step.n_spans = 1;
   step.spans = &span;
   attention.plan(step);
-  attention.run(0, pages.data(), {q_data, nullptr, nullptr}, o_data, nullptr);
+  attention.run(0, pages.data(), {q_data, nullptr, nullptr, nullptr}, o_data, nullptr);
   return o;
 }
 
@@ -205,7 +209,7 @@ void bind_ops(py::module_& module) {
       "of each 64; 0 where these are all below `lowest`.");
   ops.def("dequantize_row", &dequantize_row, py::arg("weight"), py::arg("row"), "One row as float32 [K].");
   ops.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("pos"), isa,
-          py::arg("threads") = 1, py::arg("kv_dtype") = "f16",
+          py::arg("threads") = 1, py::arg("kv_dtype") = "f16", py::arg("window") = 0,
           "Causal attention; q [n_tok, n_heads, head_dim], k and v [pos + n_tok, n_kv_heads, head_dim].");
 }
 

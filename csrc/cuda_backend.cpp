@@ -45,9 +45,25 @@ PyllamaCudaLayer record_of(const LayerWeights& w) {
           record_of(w.mlp_norm),  record_of(w.w_gate), record_of(w.w_up), record_of(w.w_down)};
 }
 
+// Throws DeviceError for what only the CPU can do.
+void check_device_can(const Config& c, const ModelWeights& w) {
+  const auto refuse = [](bool asked, const char* what) {
+    check<DeviceError>(!asked, "this model has ", what, ", which the CUDA kernels do not know; run it on the CPU");
+  };
+  bool normed = false;
+  for (const LayerWeights& layer : w.layers) normed = normed || layer.q_norm.N || layer.k_norm.N;
+  refuse(normed, "norms of q and k (q_norm, k_norm)");
+  refuse(c.embedding_scale != 1.0f, "an embedding_scale");
+  refuse(c.attention_scale != default_attention_scale(c.head_dim), "an attention_scale");
+  const int longest = c.max_seq_len;
+  refuse(std::any_of(c.windows.begin(), c.windows.end(), [&](int window) { return window < longest; }),
+         "a sliding_window shorter than its context");
+}
+
 // A model's record and what it points to.
 struct ModelRecord {
   ModelRecord(const Config& c, const ModelWeights& w, const CudaOptions& options) {
+    check_device_can(c, w);
     for (const LayerWeights& layer : w.layers) layers.push_back(record_of(layer));
     model.dim = c.dim;
     model.hidden_dim = c.hidden_dim;

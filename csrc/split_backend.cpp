@@ -11,8 +11,13 @@ namespace pyllama {
 
 namespace {
 
-Config with_layers(Config config, int n_layers) {
-  config.n_layers = n_layers;
+// The config of the layers [begin, end).
+Config with_layers(Config config, int begin, int end) {
+  config.n_layers = end - begin;
+  if (!config.windows.empty()) {
+    config.windows.erase(config.windows.begin() + end, config.windows.end());
+    config.windows.erase(config.windows.begin(), config.windows.begin() + begin);
+  }
   return config;
 }
 
@@ -86,8 +91,8 @@ class SplitBackend final : public Backend {
                const PartFactory& make_back)
       : n_front_(n_front),
         dim_(static_cast<size_t>(config.dim)),
-        front_(with_layers(config, n_front), front_of(weights, n_front), make_front),
-        back_(with_layers(config, config.n_layers - n_front), back_of(weights, n_front), make_back),
+        front_(with_layers(config, 0, n_front), front_of(weights, n_front), make_front),
+        back_(with_layers(config, n_front, config.n_layers), back_of(weights, n_front), make_back),
         name_(message(front_.backend().name(), " + ", back_.backend().name())) {}
 
   const char* name() const override { return name_.c_str(); }

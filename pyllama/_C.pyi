@@ -66,7 +66,8 @@ class Model:
     #         is too small. gpu_layers: the last so many layers and the head go to it, the embedding and the others to the
     #         CPU; -1: all.
     # config: dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size max_seq_len norm_eps
-    #         rope_inv_freq (float32 [head_dim/2]) rope_attention_factor tied_embeddings
+    #         rope_inv_freq (float32 [head_dim/2]) rope_attention_factor tied_embeddings; and as docs/FORMAT.md says, absent
+    #         or None for none: embedding_scale attention_scale sliding_window sliding_layers
     threads: int
     isa: str                      # of the CPU, also where a device does the work
     backend: str                  # what does the work: an instruction set, "cuda sm_90", "cuda emulated"
@@ -170,8 +171,12 @@ class ops:
     @staticmethod
     def attention(
         q: ArrayLike, k: ArrayLike, v: ArrayLike, pos: int, isa: str = "", threads: int = 1, kv_dtype: str = "f16",
+        window: int = 0,
     ) -> NDArray[np.float32]:
-        """Causal: q [n_tok, n_heads, head_dim] at positions pos…, k and v [pos + n_tok, n_kv_heads, head_dim]."""
+        """Causal: q [n_tok, n_heads, head_dim] at positions pos…, k and v [pos + n_tok, n_kv_heads, head_dim].
+
+        `window`: of how many keys each sees the last; 0: of all.
+        """
     @overload
     @staticmethod
     def portable_log(x: float) -> float: ...   # positive normal float64, without libm

@@ -68,7 +68,7 @@ class OpenedModel:
 
     def native_config(self, n_ctx: int) -> dict[str, Any]:
         """The config in the engine's words, for contexts of at most `n_ctx` tokens."""
-        frequencies, factor = inv_freq(self.config)
+        frequencies, factor = inv_freq(self.config, n_ctx)
         return self.config | {"max_seq_len": n_ctx, "rope_inv_freq": frequencies, "rope_attention_factor": factor}
 
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from .common.errors import ModelFormatError
 
 
-def inv_freq(config: Mapping[str, Any]) -> tuple[NDArray[np.float32], float]:
+def inv_freq(config: Mapping[str, Any], n_ctx: int | None = None) -> tuple[NDArray[np.float32], float]:
     """(radians per token, float32 [head_dim/2]; the factor on cos and sin) of a canonical config.
 
+    `n_ctx`: the longest text, by default the config's max_seq_len; dynamic and longrope scalings depend on it.
     Raises ModelFormatError for a `rope_scaling` that this build does not know or a number that cannot be.
     Source: RoFormer, arXiv 2104.09864, equation 15.
     """
@@ -37,7 +38,7 @@ def inv_freq(config: Mapping[str, Any]) -> tuple[NDArray[np.float32], float]:
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ModelFormatError(f"rope_scaling: {kind!r} is not supported, expected one of {' '.join(_SCALINGS)}")
     with np.errstate(over="ignore"):  # the engine refuses what is not finite
-        scaled, factor = _SCALINGS[kind](plain, scaling, config)
+        scaled, factor = _SCALINGS[kind](plain, scaling, {**config, "n_ctx": n_ctx or config["max_seq_len"]})
         return scaled.astype(np.float32), factor
 
 
@@ -109,13 +110,53 @@ def _yarn_attention(scaling: Mapping[str, Any], factor: float) -> float:
     return scale(1.0)
 
 
+def _dynamic(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
+    """The base grows with the context, so that the slowest pair is squeezed and the fastest left alone.
+
+    As transformers computes it for a text that fills the context; there it changes while a text grows.
+    """
+    factor, half = _number(scaling, "factor"), len(plain)
+    original = _number(scaling, "original_max_position_embeddings", float(config["max_seq_len"]))
+    if half < 2:
+        raise ModelFormatError("config: head_dim is 2, expected more with rope_scaling of type dynamic")
+    stretch = factor * max(config["n_ctx"], original) / original - (factor - 1)
+    return plain * stretch ** -(np.arange(half) / (half - 1)), 1.0
+
+
+def _longrope(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
+    """A factor for each pair, others for contexts beyond the original one: arXiv 2402.13753, as Phi-3 has it."""
+    original = _number(scaling, "original_max_position_embeddings", float(config["max_seq_len"]))
+    scaled = plain / _divisors(scaling, "long_factor" if config["n_ctx"] > original else "short_factor", len(plain))
+    if scaling.get("attention_factor") is not None:
+        return scaled, _number(scaling, "attention_factor")
+    factor = _number(scaling, "factor", config["max_seq_len"] / original)
+    if factor <= 1:
+        return scaled, 1.0
+    if original <= 1:
+        raise ModelFormatError(
+            f"rope_scaling: original_max_position_embeddings is {original}, expected more than 1 with type longrope"
+        )
+    return scaled, math.sqrt(1 + math.log(factor) / math.log(original))
+
+
 def _factors(plain: NDArray[np.float64], scaling: Mapping[str, Any], config: Mapping[str, Any]) -> _Scaled:
     """Each frequency is divided by a factor of its own: what GGUF files carry as rope_freqs.weight."""
-    factors = scaling.get("factors")
-    if not isinstance(factors, list) or len(factors) != len(plain):
-        raise ModelFormatError(f"rope_scaling: factors is not a list of {len(plain)} numbers, one for each pair")
-    divisors = [_number({"factors": factor}, "factors") for factor in factors]
-    return plain / np.array(divisors, dtype=np.float64), 1.0
+    return plain / _divisors(scaling, "factors", len(plain)), 1.0
 
 
-_SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _factors}
+def _divisors(scaling: Mapping[str, Any], key: str, n: int) -> NDArray[np.float64]:
+    factors = scaling.get(key)
+    if not isinstance(factors, list) or len(factors) != n:
+        raise ModelFormatError(f"rope_scaling: {key} is not a list of {n} numbers, one for each pair")
+    return np.array([_number({key: factor}, key) for factor in factors], dtype=np.float64)
+
+
+_SCALINGS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "factors": _factors,
+}

@@ -31,6 +31,13 @@ def unsupported_on_device(config: Config) -> str | None:
     """Why no CUDA device can run a model of this config; None if one can."""
     if config["head_dim"] > _MAX_HEAD_DIM or config["head_dim"] % 2:
         return f"head_dim {config['head_dim']}: the CUDA kernels take even ones up to {_MAX_HEAD_DIM}"
+    if config.get("embedding_scale") not in (None, 1):
+        return "embedding_scale: the CUDA kernels do not know it"
+    if config.get("attention_scale") is not None:
+        return "attention_scale: the CUDA kernels do not know it"
+    window = config.get("sliding_window")
+    if window is not None and window < config["max_seq_len"]:
+        return "sliding_window: the CUDA kernels do not know it"
     return None
 
 

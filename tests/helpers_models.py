@@ -37,6 +37,8 @@ class Shape:
     tied: bool = False
     biases: bool = False
     norm_eps: float = 1e-5
+    head_norms: bool = False  # of q and k
+    extras: tuple[tuple[str, Any], ...] = ()  # keys of the config that a model may lack
 
     def config(self) -> dict[str, Any]:
         """What pyllama._C.Model takes."""
@@ -55,6 +57,7 @@ class Shape:
             "rope_inv_freq": frequencies,
             "rope_attention_factor": factor,
             "tied_embeddings": self.tied,
+            **dict(self.extras),
         }
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -80,6 +83,8 @@ class Shape:
             }
             if self.biases:
                 of_layer |= {"bq": (q_dim,), "bk": (kv_dim,), "bv": (kv_dim,)}
+            if self.head_norms:
+                of_layer |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
             shapes |= {f"layers.{layer}.{name}": shape for name, shape in of_layer.items()}
         return shapes
 

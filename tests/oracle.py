@@ -35,16 +35,18 @@ def softmax(x: Array) -> Array:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def attention(q: Array, k: Array, v: Array) -> Array:
+def attention(q: Array, k: Array, v: Array, scale: float, window: int | None = None) -> Array:
     """Causal attention, groups of query heads sharing a key/value head (arXiv 2305.13245).
 
     q: [n_tok, n_heads, head_dim]; k, v: [n_tok, n_kv_heads, head_dim]. Returns [n_tok, n_heads * head_dim].
+    Each token sees itself and the window - 1 tokens before it (arXiv 2310.06825, section 2), or all before it.
     """
-    n_tok, n_heads, head_dim = q.shape
+    n_tok, n_heads, _ = q.shape
     share = n_heads // k.shape[1]
     k, v = np.repeat(k, share, axis=1), np.repeat(v, share, axis=1)
-    scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(head_dim)
-    scores = np.where(np.tril(np.ones((n_tok, n_tok), dtype=bool)), scores, -np.inf)
+    back = np.subtract.outer(np.arange(n_tok), np.arange(n_tok))  # [query, key]: how far the key lies behind
+    seen = (back >= 0) & (back < (window or n_tok))
+    scores = np.where(seen, np.einsum("qhd,khd->hqk", q, k) * scale, -np.inf)
     return np.einsum("hqk,khd->qhd", softmax(scores), v).reshape(n_tok, -1)
 
 
@@ -91,9 +93,9 @@ class Llama:
 
     def logits(self, tokens: Any) -> Array:
         """[n_tok, vocab_size] for the tokens of one sequence from position 0. Source: arXiv 2302.13971."""
-        x = self.weights["tok_embeddings"][np.asarray(tokens)]
+        x = self.weights["tok_embeddings"][np.asarray(tokens)] * (self.config.get("embedding_scale") or 1.0)
         for layer in range(self.config["n_layers"]):
-            x = x + self._attention(x, f"layers.{layer}.")
+            x = x + self._attention(x, layer)
             x = x + self._mlp(x, f"layers.{layer}.")
         head = "tok_embeddings" if self.config["tied_embeddings"] else "output"
         return self._linear(self._norm(x, "norm"), head, digits=2)
@@ -110,17 +112,21 @@ class Llama:
         y = x @ self.weights[name].T
         return y + self.weights[bias] if bias in self.weights else y
 
-    def _attention(self, x: Array, prefix: str) -> Array:
-        config, positions = self.config, np.arange(len(x), dtype=np.float64)
+    def _attention(self, x: Array, layer: int) -> Array:
+        config, positions, prefix = self.config, np.arange(len(x), dtype=np.float64), f"layers.{layer}."
         x = self._norm(x, prefix + "attn_norm")
         q, k, v = (
             self._linear(x, prefix + "w" + which, prefix + "b" + which).reshape(len(x), -1, config["head_dim"])
             for which in "qkv"
         )
+        if prefix + "q_norm" in self.weights:  # arXiv 2505.09388, section 2
+            q, k = self._norm(q, prefix + "q_norm"), self._norm(k, prefix + "k_norm")
         q, k = (rope(each, positions, self.inv_freq, config["rope_attention_factor"]) for each in (q, k))
         if self.kv_dtype is not None:
             k, v = (each.astype(self.kv_dtype).astype(np.float64) for each in (k, v))
-        return self._linear(attention(q, k, v), prefix + "wo")
+        layers, scale = config.get("sliding_layers"), config.get("attention_scale") or config["head_dim"] ** -0.5
+        window = config.get("sliding_window") if layers is None or layer in layers else None
+        return self._linear(attention(q, k, v, scale, window), prefix + "wo")
 
     def _mlp(self, x: Array, prefix: str) -> Array:
         """arXiv 2002.05202, equation 6 (SwiGLU), without biases."""

@@ -5,6 +5,7 @@ with ==. Shapes are odd on purpose: tails of rows, columns and groups are where 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import subprocess
 import sys
@@ -357,7 +358,7 @@ def in_cache(x: NDArray[Any], kv_dtype: str) -> NDArray[np.float64]:
 
 
 def attention_oracle(
-    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], pos: int, kv_dtype: str = "f16"
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], pos: int, kv_dtype: str = "f16", window: int = 0
 ) -> tuple[NDArray[np.float64], float]:
     """The output, and the bound of what it may be off because a q8 cache's weights are integers."""
     n_tok, n_heads, head_dim = q.shape
@@ -365,7 +366,8 @@ def attention_oracle(
     k64 = np.repeat(in_cache(k, kv_dtype), group, axis=1)
     v64 = np.repeat(in_cache(v, kv_dtype), group, axis=1)
     scores = np.einsum("thd,khd->htk", q.astype(np.float64), k64) / np.sqrt(head_dim)
-    scores[:, np.arange(n_tok)[:, None] + pos < np.arange(pos + n_tok)[None, :]] = -np.inf
+    back = np.arange(n_tok)[:, None] + pos - np.arange(pos + n_tok)[None, :]
+    scores[:, (back < 0) | (back >= (window or pos + n_tok))] = -np.inf
     p = np.exp(scores - scores.max(axis=2, keepdims=True))
     return np.einsum("htk,khd->thd", p / p.sum(axis=2, keepdims=True), v64), weight_rounding(p, v64)
 
@@ -396,14 +398,17 @@ SHAPES = [  # n_tok, pos, n_heads, n_kv_heads, head_dim
 
 
 @pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+@pytest.mark.parametrize("window", [0, 3, 520], ids=lambda window: f"window {window}")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attention(shape: tuple[int, int, int, int, int], kv_dtype: str) -> None:
+def test_attention(shape: tuple[int, int, int, int, int], window: int, kv_dtype: str) -> None:
     n_tok, pos, n_heads, n_kv_heads, head_dim = shape
+    if window >= pos + n_tok:
+        return
     rng = np.random.default_rng(8)
     q = (2 * rng.standard_normal((n_tok, n_heads, head_dim))).astype(np.float32)
     k, v = rng.standard_normal((2, pos + n_tok, n_kv_heads, head_dim)).astype(np.float32)
-    want, rounding = attention_oracle(q, k, v, pos, kv_dtype)
-    first = ops.attention(q, k, v, pos, isa="scalar", threads=1, kv_dtype=kv_dtype)
+    want, rounding = attention_oracle(q, k, v, pos, kv_dtype, window)
+    first = ops.attention(q, k, v, pos, isa="scalar", threads=1, kv_dtype=kv_dtype, window=window)
     # scores carry head_dim roundings, weights a relative error of about that, sums one for each key
     bound = (2 * head_dim + 64 + 8) * 4 * EPS * np.abs(v).max() * (1 + np.abs(q).max())
     if kv_dtype == "q8":
@@ -414,32 +419,53 @@ def test_attention(shape: tuple[int, int, int, int, int], kv_dtype: str) -> None
     assert np.abs(first - want).max() <= bound
     for isa in ISAS:
         for threads in (1, 3):
-            again = ops.attention(q, k, v, pos, isa=isa, threads=threads, kv_dtype=kv_dtype)
+            again = ops.attention(q, k, v, pos, isa=isa, threads=threads, kv_dtype=kv_dtype, window=window)
             assert same(again, first), (isa, threads)
     # Queries give the bits among others that they give in a step of their own.
-    assert same(ops.attention(q[-1:], k, v, pos + n_tok - 1, kv_dtype=kv_dtype), first[-1:])
+    assert same(ops.attention(q[-1:], k, v, pos + n_tok - 1, kv_dtype=kv_dtype, window=window), first[-1:])
     half = n_tok // 2
     if half:
-        begin = ops.attention(q[:half], k[: pos + half], v[: pos + half], pos, threads=2, kv_dtype=kv_dtype)
+        begin = ops.attention(
+            q[:half], k[: pos + half], v[: pos + half], pos, threads=2, kv_dtype=kv_dtype, window=window
+        )
         assert same(begin, first[:half])
 
 
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
 def test_attention_property(data: st.DataObject) -> None:
-    """Any cut of the rows, any head_dim, any group, on any instruction set: the scalar kernels' bits."""
+    """Any cut of the rows, any head_dim, any group, any window, on any instruction set: the scalar kernels' bits."""
     n_tok, pos = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([0, 1, 50, 63, 64, 65, 130, 511, 513]))
     group, head_dim = data.draw(st.integers(1, 9)), 2 * data.draw(st.integers(1, 70))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    window = data.draw(st.sampled_from([0, 1, 2, 63, 64, 65, 128, 450]))
     size = np.float32(10.0 ** data.draw(st.integers(-8, 3)))
     q = rng.standard_normal((n_tok, group, head_dim)).astype(np.float32)
     k, v = size * rng.standard_normal((2, pos + n_tok, 1, head_dim)).astype(np.float32)
     for kv_dtype in ("f16", "q8"):
-        want = ops.attention(q, k, v, pos, isa="scalar", kv_dtype=kv_dtype)
+        want = ops.attention(q, k, v, pos, isa="scalar", kv_dtype=kv_dtype, window=window)
         isa, cut = data.draw(st.sampled_from(ISAS)), data.draw(st.integers(1, n_tok))
-        assert same(ops.attention(q, k, v, pos, isa=isa, threads=2, kv_dtype=kv_dtype), want)
-        part = ops.attention(q[:cut], k[: pos + cut], v[: pos + cut], pos, isa=isa, kv_dtype=kv_dtype)
+        assert same(ops.attention(q, k, v, pos, isa=isa, threads=2, kv_dtype=kv_dtype, window=window), want)
+        part = ops.attention(q[:cut], k[: pos + cut], v[: pos + cut], pos, isa=isa, kv_dtype=kv_dtype, window=window)
         assert same(part, want[:cut])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+def test_keys_before_the_window_add_nothing(isa: str, kv_dtype: str) -> None:
+    """Those in the window's first page have no weight, whatever they are; pages before it are not even read: NaN there
+    would be everywhere."""
+    rng = np.random.default_rng(12)
+    for (n_tok, pos), window in itertools.product([(1, 1300), (3, 640), (30, 700), (120, 1000)], [1, 50, 64, 65, 600]):
+        q = rng.standard_normal((n_tok, 4, 32)).astype(np.float32)
+        k, v = rng.standard_normal((2, pos + n_tok, 2, 32)).astype(np.float32)
+        want = ops.attention(q, k, v, pos, isa=isa, kv_dtype=kv_dtype, window=window)
+        first = pos + 1 - window
+        k[:first], v[:first] = 100 * rng.standard_normal((2, first, 2, 32))
+        k[: first // 64 * 64], v[: first // 64 * 64] = np.nan, np.nan
+        for threads in (1, 2):
+            found = ops.attention(q, k, v, pos, isa=isa, kv_dtype=kv_dtype, window=window, threads=threads)
+            assert same(found, want), (n_tok, pos, window, threads)
 
 
 def test_the_q8_cache_keeps_its_grid() -> None:

@@ -71,6 +71,35 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:
     assert factor == pytest.approx(0.1 * math.log(16) + 1)
 
 
+@pytest.mark.parametrize("n_ctx", [None, 1000, 4096, 5000, 16384])
+def test_dynamic_grows_the_base_with_the_context(n_ctx: int | None) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 4096}
+    values, factor = inv_freq(config(scaling=scaling, max_seq_len=16384), n_ctx)
+    longest = max(n_ctx or 16384, 4096)
+    base = 10000.0 * (4.0 * longest / 4096 - 3.0) ** (64 / 62)
+    np.testing.assert_allclose(values, [base ** (-2 * i / 64) for i in range(32)], rtol=1e-6)
+    assert factor == 1.0
+    if longest == 4096:
+        assert np.array_equal(values, inv_freq(config())[0])
+
+
+@pytest.mark.parametrize("n_ctx", [None, 4096, 4097])
+def test_longrope_has_other_factors_beyond_the_original_context(n_ctx: int | None) -> None:
+    short, long = [1.0 + i / 9 for i in range(32)], [2.0 + i for i in range(32)]
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": 4096,
+    }
+    values, factor = inv_freq(config(scaling=scaling, max_seq_len=131072), n_ctx)
+    divisors = short if n_ctx == 4096 else long
+    np.testing.assert_allclose(values, [10000.0 ** (-2 * i / 64) / divisors[i] for i in range(32)], rtol=1e-6)
+    assert factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+    assert inv_freq(config(scaling=scaling | {"factor": 1.0}))[1] == 1.0
+    assert inv_freq(config(scaling=scaling | {"attention_factor": 1.25}))[1] == 1.25
+
+
 def test_factors_divide_pair_by_pair() -> None:
     factors = [1.0 + i / 7 for i in range(32)]
     values, factor = inv_freq(config(scaling={"rope_type": "factors", "factors": factors}))
@@ -82,9 +111,19 @@ def test_factors_divide_pair_by_pair() -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "'ntk' is not supported, expected one of default"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "factor is None"),
+        ({"head_dim": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "head_dim is 2"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor is not a list of 32 numbers"),
         (
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "'dynamic' is not supported, expected one of default",
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "long_factor": [1.0] * 32,
+                    "original_max_position_embeddings": 1,
+                }
+            },
+            "original_max_position_embeddings is 1.0, expected more than 1",
         ),
         ({"rope_scaling": {"rope_type": ["llama3"]}}, "not supported"),
         ({"rope_scaling": "llama3"}, "expected an object or null"),

@@ -34,6 +34,7 @@ struct PageLayout {
 // The queries of a step.
 struct Queries {
   const float* q;          // [n_tok][q_dim]
+  const float* norm;       // [head_dim], to norm each head by before it is rotated, or null
   const float *cos, *sin;  // [n_tok][head_dim/2], to rotate them by; null where they are rotated already
 };
 
@@ -42,7 +43,7 @@ class Attention {
   Attention(const Config& config, KvType type, const Kernels& kernels, ThreadPool& pool);
 
   const PageLayout& layout() const { return layout_; }
-  // Cuts the step; once per step.
+  // Cuts the step, for each of the layers' windows; once per step.
   void plan(const Step& step);
   // pages by id; o: [n_tok][q_dim]. Heads that are finished go to `next`, unless it is null, while they are in the
   // cache.
@@ -51,22 +52,35 @@ class Attention {
  private:
   struct Tile {
     int span, kv_head, first_row, rows;  // rows count (token, head of the group), token-major
-    int splits;
-    int64_t slot;  // of its first split's results, when splits run apart
+    int begin;                           // the first key of the first page that a row sees something of
+    int splits;                          // that rows see something of, from that page's on
+    int64_t slot;                        // of its first split's results, when splits run apart
   };
   struct Task {
-    int tile, split;  // split -1: all of them
+    int tile, split;  // split counts from the tile's first; -1: all of them
+  };
+  // What a step is cut into for layers with one window.
+  struct Cut {
+    int window = kAllKeys;
+    std::vector<Tile> tiles;
+    std::vector<Task> tasks;
+    bool apart = false;
   };
   // Results that are not yet divided: of a tile's rows, maxima and sums, and what their values add up to.
   struct Partial {
     float *max, *sum, *out;
   };
-  void cut(const Step& step, int tile_rows);
-  int row_tok(const Tile& tile, int r) const;         // token of row r within the tile's span
-  int row_of_step(const Tile& tile, int r) const;     // token of row r within the step
-  int row_column(const Tile& tile, int r) const;      // where row r's head begins in that token's q and o
-  int64_t row_offset(const Tile& tile, int r) const;  // both together
-  int row_limit(const Tile& tile, int r) const;       // keys that row r sees
+  void cut(Cut& cut, int tile_rows);
+  void choose_tiles(Cut& cut);
+  int64_t give_tasks(Cut& cut);                                  // returns the slots that they take
+  int row_tok(const Tile& tile, int r) const;                    // token of row r within the tile's span
+  int row_of_step(const Tile& tile, int r) const;                // token of row r within the step
+  int row_column(const Tile& tile, int r) const;                 // where row r's head begins in that token's q and o
+  int64_t row_offset(const Tile& tile, int r) const;             // both together
+  int row_limit(const Tile& tile, int r) const;                  // row r sees keys before this
+  int row_begin(const Cut& cut, const Tile& tile, int r) const;  // and from this on
+  static int first_key(const Tile& tile, int split);
+  int64_t slot_size() const;  // floats
   Partial partial(int64_t slot);
   const uint8_t* first_keys(int task) const;  // null behind the last task
   void attend(const Task& task, const uint8_t* next, const Partial& result, int thread);
@@ -78,9 +92,7 @@ class Attention {
   const PageLayout layout_;
   const int group_;  // query heads that share a key/value head
   const Step* step_ = nullptr;
-  std::vector<Tile> tiles_;
-  std::vector<Task> tasks_;
-  bool apart_ = false;
+  std::vector<Cut> cuts_;        // one for each window that layers have
   int slot_rows_ = 0;            // rows that a slot has room for
   std::vector<float> partials_;  // [slot][slot_rows_·(2 + wide)]; a slot for each split or each thread
   std::vector<float> scratch_;   // [thread][scratch_size_]: a tile's q, then the kernel's
@@ -89,6 +101,7 @@ class Attention {
   size_t n_unfinished_ = 0;
   // Of the running layer.
   int layer_ = 0;
+  const Cut* cut_ = nullptr;
   const uint8_t* const* pages_ = nullptr;
   Queries queries_{};
   Activations* next_ = nullptr;

@@ -73,16 +73,18 @@ class CpuBackend final : public Backend {
 
   void embed() override {
     pool_.run(step_->n_tok, [&](int t, int) {
-      dequantize_row(w_.tok_embeddings, step_->tokens[t], x_ + static_cast<int64_t>(t) * c_.dim);
+      float* x = x_ + static_cast<int64_t>(t) * c_.dim;
+      dequantize_row(w_.tok_embeddings, step_->tokens[t], x);
+      for (int i = 0; i < c_.dim; i++) x[i] *= c_.embedding_scale;
     });
   }
 
   void attention_in(int layer) override {
     const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
     const Product products[] = {
-        {&w.wq, q_, c_.q_dim(), bias(w.bq), false},
-        {&w.wk, k_, c_.kv_dim(), bias(w.bk), false},
-        {&w.wv, v_, c_.kv_dim(), bias(w.bv), false},
+        {&w.wq, q_, c_.q_dim(), vector(w.bq), false},
+        {&w.wk, k_, c_.kv_dim(), vector(w.bk), false},
+        {&w.wv, v_, c_.kv_dim(), vector(w.bv), false},
     };
     in_.set(x_, c_.dim, step_->n_tok, c_.dim, w.attn_norm.vector(), c_.norm_eps, products, 3);
     multiply(in_, products, 3);
@@ -102,7 +104,8 @@ class CpuBackend final : public Backend {
     const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
     if (o_in_parts(w)) parts_.expect(step_->n_tok, c_.q_dim(), w.wo);
     watch_.turn_to(&StepTimes::attention);
-    attention_.run(layer, pages_.by_id().data(), {q_, cos_, sin_}, o_, o_in_parts(w) ? &parts_ : nullptr);
+    const Queries queries{q_, vector(w.q_norm), cos_, sin_};
+    attention_.run(layer, pages_.by_id().data(), queries, o_, o_in_parts(w) ? &parts_ : nullptr);
     watch_.turn_to(&StepTimes::rest);
   }
 
@@ -180,7 +183,8 @@ class CpuBackend final : public Backend {
 
   size_t x_bytes() const { return static_cast<size_t>(step_->n_tok) * static_cast<size_t>(c_.dim) * sizeof(float); }
 
-  static const float* bias(const Weight& w) { return w.N ? w.vector() : nullptr; }
+  // Of a vector that a model may lack.
+  static const float* vector(const Weight& w) { return w.N ? w.vector() : nullptr; }
 
   // Whether what wo and w_down are multiplied with is rounded where it is made, in parts, and never a whole row of
   // floats.
@@ -212,10 +216,11 @@ class CpuBackend final : public Backend {
     return *span;
   }
 
-  // Keys and values of some heads of the tokens [begin, end) go to the cache, keys rotated.
+  // Keys and values of some heads of the tokens [begin, end) go to the cache, keys normed and rotated.
   void append(int layer, int begin, int end, int head_begin, int head_end) {
     const int half = c_.head_dim / 2;
     const PageLayout& layout = attention_.layout();
+    const float* norm = vector(w_.layers[static_cast<size_t>(layer)].k_norm);
     for (int t = begin; t < end; t++) {
       const float* cos = cos_ + static_cast<int64_t>(t) * half;
       const float* sin = sin_ + static_cast<int64_t>(t) * half;
@@ -224,6 +229,7 @@ class CpuBackend final : public Backend {
       for (int h = head_begin; h < head_end; h++) {
         float* k = k_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
         const float* v = v_ + static_cast<int64_t>(t) * c_.kv_dim() + h * c_.head_dim;
+        if (norm) kernels_.rmsnorm(k, norm, c_.head_dim, c_.norm_eps, k);
         kernels_.rope(k, cos, sin, c_.head_dim);
         kernels_.append_kv(k, v, layout.head, to + layout.head_offset(layer, h), pos % kPageTok);
       }

@@ -96,8 +96,9 @@ struct KvLayout {
 struct AttendArgs {
   int rows;
   const float* q;               // [rows][head_dim], zeros up to an even number of rows
-  const int* limit;             // [rows, made even] row r sees keys at positions < limit[r]; ascending, at most key_end
-  int key_begin, key_end;       // absolute; key_begin is a multiple of kSplitTok
+  const int* limit;             // [rows, made even] row r sees keys at positions < limit[r]; ascending
+  int window;                   // … and >= limit[r] - window; kAllKeys of config.h: all of them
+  int key_begin, key_end;       // absolute; key_begin is a multiple of kPageTok, key_end at most the last limit
   const uint8_t* const* pages;  // by page id
   const int* page_ids;          // [page of the sequence]
   int64_t head_offset;          // of this head within a page
@@ -124,7 +125,7 @@ struct Kernels {
   int strip_tiles;  // tiles in such a strip
   void (*quantize_row)(const float* x, int K, XBlock* blocks);  // one row: x [K] → blocks [Kp/32]
   void (*matmul)(const MatmulArgs& a, int tile_begin, int tile_end);
-  // y = x / sqrt(mean(x²) + eps) · w
+  // y = x / sqrt(mean(x²) + eps) · w; y may be x
   void (*rmsnorm)(const float* x, const float* w, int dim, float eps, float* y);
   // Rotates pairs (i, i + head_dim/2) of one head in place. cos, sin: [head_dim/2]
   void (*rope)(float* head, const float* cos, const float* sin, int head_dim);

@@ -22,7 +22,8 @@ class Tensors {
 
   Weight matrix(const std::string& name, int N, int K) { return fit(name, N, K); }
   Weight vector(const std::string& name, int N) { return fit(name, N, 0); }
-  Weight optional_vector(const std::string& name, int N) { return tensors_.count(name) ? fit(name, N, 0) : Weight{}; }
+  bool has(const std::string& name) const { return tensors_.count(name) != 0; }
+  Weight optional_vector(const std::string& name, int N) { return has(name) ? fit(name, N, 0) : Weight{}; }
 
   void check_all_used(bool tied_embeddings) const {
     for (const auto& [name, weight] : tensors_) {
@@ -57,6 +58,8 @@ LayerWeights take_layer(Tensors& tensors, const Config& c, int layer) {
   w.bq = tensors.optional_vector(prefix + "bq", c.q_dim());
   w.bk = tensors.optional_vector(prefix + "bk", c.kv_dim());
   w.bv = tensors.optional_vector(prefix + "bv", c.kv_dim());
+  if (tensors.has("layers.0.q_norm")) w.q_norm = tensors.vector(prefix + "q_norm", c.head_dim);
+  if (tensors.has("layers.0.k_norm")) w.k_norm = tensors.vector(prefix + "k_norm", c.head_dim);
   w.wo = tensors.matrix(prefix + "wo", c.dim, c.q_dim());
   w.mlp_norm = tensors.vector(prefix + "mlp_norm", c.dim);
   w.w_gate = tensors.matrix(prefix + "w_gate", c.hidden_dim, c.dim);
@@ -96,6 +99,10 @@ void check_config(const Config& c) {
   }
   check(std::isfinite(c.rope_attention_factor), "config: rope_attention_factor is ", c.rope_attention_factor,
         ", expected a finite number");
+  for (const auto& [name, scale] :
+       {std::pair{"embedding_scale", c.embedding_scale}, std::pair{"attention_scale", c.attention_scale}}) {
+    check(std::isfinite(scale) && scale > 0, "config: ", name, " is ", scale, ", expected a positive number");
+  }
 }
 
 ModelWeights assemble_weights(const Config& config, const std::map<std::string, Weight>& tensors,

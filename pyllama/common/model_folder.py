@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,17 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     if config["n_heads"] * config["head_dim"] > _MAX_SIDE:
         fail("n_heads", f"n_heads · head_dim of at most {_MAX_SIDE}")
     for key in ("norm_eps", "rope_theta"):
-        number = config.get(key)
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < 1e38:
+        if not _is_positive(config.get(key)):
             fail(key, "a positive number")
     if config["rope_theta"] < 1:  # pairs would turn faster and faster, beyond what float32 holds
         fail("rope_theta", "at least 1")
     if not isinstance(config.get("tied_embeddings"), bool):
         fail("tied_embeddings", "true or false")
+    for key in ("embedding_scale", "attention_scale"):
+        scale = config.get(key)
+        if scale is not None and not _is_positive(scale):
+            fail(key, "a positive number, or null")
+    _check_window(config, fail)
     scaling = config.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, dict):
         fail("rope_scaling", "null or an object")
@@ -171,6 +175,20 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         if not isinstance(about, dict) or not all(isinstance(about.get(k, ""), str) for k in ("name", "kind")):
             fail(key, "null or an object whose name and kind are text")
     _check_token_ids(config, where)
+
+
+def _is_positive(number: Any) -> bool:
+    return not isinstance(number, bool) and isinstance(number, (int, float)) and 0 < number < 1e38
+
+
+def _check_window(config: Mapping[str, Any], fail: Callable[[str, str], None]) -> None:
+    window, layers, n_layers = config.get("sliding_window"), config.get("sliding_layers"), config["n_layers"]
+    if window is not None and (type(window) is not int or not 0 < window <= _MAX_SIDE):
+        fail("sliding_window", f"an integer of 1 to {_MAX_SIDE}, or null")
+    if layers is None:
+        return
+    if not isinstance(layers, list) or any(type(layer) is not int or not 0 <= layer < n_layers for layer in layers):
+        fail("sliding_layers", f"a list of layer numbers below n_layers, which is {n_layers}, or null")
 
 
 def _check_token_ids(config: Mapping[str, Any], where: str) -> None:
@@ -197,6 +215,8 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "bq": (q,),
         "bk": (kv,),
         "bv": (kv,),
+        "q_norm": (config["head_dim"],),
+        "k_norm": (config["head_dim"],),
         "wo": (dim, q),
         "mlp_norm": (dim,),
         "w_gate": (hidden, dim),
@@ -213,8 +233,11 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def is_optional(name: str) -> bool:
-    """True for tensors that a model may lack: biases."""
-    return name.rsplit(".", 1)[-1] in ("bq", "bk", "bv")
+    """True for tensors that a model may lack: biases, and norms of q and k, which all its layers have or none."""
+    return name.rsplit(".", 1)[-1] in ("bq", "bk", "bv", *_HEAD_NORMS)
+
+
+_HEAD_NORMS = ("q_norm", "k_norm")
 
 
 _WIDTHS = {
@@ -224,6 +247,8 @@ _WIDTHS = {
     "bq": "n_heads and head_dim",
     "bk": "n_kv_heads and head_dim",
     "bv": "n_kv_heads and head_dim",
+    "q_norm": "head_dim",
+    "k_norm": "head_dim",
     "wo": "n_heads and head_dim",
     "w_gate": "hidden_dim",
     "w_up": "hidden_dim",
@@ -238,6 +263,9 @@ def check_tensors(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     expected = expected_tensors(config)
     for name, shape in expected.items():
         if name not in shapes:
+            part = name.rsplit(".", 1)[-1]
+            if part in _HEAD_NORMS and any(other.endswith("." + part) for other in shapes):
+                raise ModelFormatError(f"{where}: tensor {name} {list(shape)} is missing, but other layers have theirs")
             if is_optional(name):
                 continue
             raise ModelFormatError(f"{where}: tensor {name} {list(shape)} is missing; the checkpoint is incomplete")
