@@ -23,6 +23,7 @@ from pyllama.common.errors import PyllamaError
 from pyllama.common.formats import FORMATS, GROUPS
 
 from .convert import Plan, check_request, make_plan, size_text, write_plan
+from .lora import merge_adapters
 from .methods import METHODS
 from .readers import SourceTensor, open_source
 from .verify import verify
@@ -50,6 +51,7 @@ formats:  f32 f16 bf16   the numbers themselves
 examples: quantize SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2          without loss
           quantize Llama-3.2-1B -o llama-1b-q4nl --format q4nl
           quantize Llama-3.2-1B -o llama-1b-mixed --format q4 --tensor-type 'embeddings|output=q8'
+          quantize Llama-3.2-1B -o mine --lora adapter         with a LoRA adapter merged
           quantize verify llama-1b-q4nl                                compares every checksum
 
 exit codes: 0 done, 1 failed (nothing is left at OUT), 2 wrong usage, 130 interrupted by Ctrl-C"""
@@ -139,6 +141,15 @@ def _convert_parser() -> argparse.ArgumentParser:
         help="another format for matrices in whose name REGEX is found; may be repeated, the last that fits decides",
     )
     add(
+        "--lora",
+        action="append",
+        default=[],
+        type=lambda path: (path, 1.0),
+        metavar="ADAPTER",
+        help="merge a PEFT adapter (a folder with adapter_config.json); may be repeated",
+    )
+    add("--lora-scale", action=_LoraScale, metavar="FACTOR", help="how much of the adapter before it (default: 1)")
+    add(
         "--overwrite",
         action="store_true",
         help="replace OUT if it is a model folder; the old one stays until the new is whole",
@@ -155,6 +166,21 @@ def _tensor_type(text: str) -> tuple[str, str]:
     return pattern, format
 
 
+class _LoraScale(argparse.Action):
+    """Gives the --lora before it its factor."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if not namespace.lora:
+            parser.error("--lora-scale belongs behind the --lora that it is for")
+        try:
+            factor = float(values)
+        except ValueError:
+            factor = math.nan
+        if not math.isfinite(factor):
+            parser.error(f"--lora-scale: {values!r} is not a number")
+        namespace.lora[-1] = (namespace.lora[-1][0], factor)
+
+
 def _run_convert(arguments: list[str]) -> int:
     parser = _convert_parser()
     options = parser.parse_args(arguments)
@@ -165,7 +191,7 @@ def _run_convert(arguments: list[str]) -> int:
     check_request(options.format, options.group_size, options.method, options.tensor_type)
     out = None if options.output is None else check_output(options.output, overwrite=options.overwrite)
     started = time.monotonic()
-    source = open_source(options.src)
+    source = merge_adapters(open_source(options.src), options.lora)
     plan = make_plan(
         source,
         format=options.format,

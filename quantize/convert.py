@@ -35,6 +35,7 @@ from pyllama.common.formats import (
 )
 from pyllama.common.model_folder import check_config, check_tensors
 
+from .lora import merge_adapters
 from .methods import METHODS
 from .readers import Source, SourceTensor, open_source
 from .writer import GENERATION_FILE, FolderWriter, check_output
@@ -163,6 +164,7 @@ def convert(
     group_size: int | None = None,
     method: str = "rtn",
     tensor_types: Sequence[tuple[str, str]] = (),
+    lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
     overwrite: bool = False,
     progress: ProgressFunction | None = None,
 ) -> Path:
@@ -171,12 +173,13 @@ def convert(
     format: of all matrices; None repacks those that are on a grid of ours (docs/GGUF.md) and makes the others q8.
     group_size: 32, 64 or 128 columns per scale of what is quantized (default 32). method: how codes are chosen.
     tensor_types: (regular expression, format) pairs for canonical names; the last that is found in a name decides.
+    lora: PEFT adapters to be merged, each a folder and a factor.
     Raises ModelFormatError for a defective source, QuantizeError when the output cannot be written or the request makes
     no sense for this model, ValueError for unknown formats, groups and methods. A failure leaves nothing at `out`.
     """
     check_request(format, group_size, method, tensor_types)
     target = check_output(out, overwrite=overwrite)
-    source = open_source(src)
+    source = merge_adapters(open_source(src), lora)
     plan = make_plan(source, format=format, group_size=group_size, method=method, tensor_types=tensor_types)
     return write_plan(plan, target, overwrite=overwrite, progress=progress)
 
