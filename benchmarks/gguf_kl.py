@@ -1,6 +1,6 @@
 """What opening K-quants costs: divergences of the demo model's K-quants, as they are opened, from their exact numbers.
 
-    python -m benchmarks.gguf_kl [TYPE …]            needs llama-cpp-python and gguf
+    python -m benchmarks.gguf_kl [TYPE …] 2>/dev/null    needs llama-cpp-python, which says much, and gguf
 
 The demo's width, 576, is no multiple of 256. It is widened by zeros to 768 without changing what it computes (norms
 make up for the longer vector; three heads and the columns behind them are zero), quantized by llama.cpp, and run by our
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,7 +24,7 @@ from pyllama.common.formats import TensorSpec, dense, dequantize, pack, unpack
 from pyllama.common.model_folder import read_model_folder
 from pyllama.demo import demo_source
 from quantize import make_plan, write_plan
-from quantize.readers import Source, open_source
+from quantize.readers import open_source
 from quantize.writer import TOKENIZER_FILES, FolderWriter
 
 TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q4_K_S", "IQ4_XS", "Q3_K_M", "Q2_K")
@@ -76,6 +75,8 @@ def write_wide_demo(path: Path) -> None:
 
 def quantized(source: Path, target: Path, kind: str) -> Path:
     """llama.cpp's quantization of a GGUF."""
+    import llama_cpp
+
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     params.nthread = 2
@@ -84,7 +85,7 @@ def quantized(source: Path, target: Path, kind: str) -> Path:
     return target
 
 
-def as_float(folder: Path, out: Path, source: Source) -> Path:
+def as_float(folder: Path, out: Path) -> Path:
     """A model folder with its weights turned into float32."""
     opened = read_model_folder(folder)
     specs = [TensorSpec(name, "f32", tensor.spec.shape) for name, tensor in opened.tensors.items()]
@@ -118,7 +119,7 @@ def measure(wide: Path, kind: str, work: Path, original: NDArray[np.float64]) ->
     plan = make_plan(source)
     opened = write_plan(plan, work / kind)
     exact = log_probabilities(write_plan(make_plan(source, format="f32"), work / f"{kind}-f32"))
-    again = log_probabilities(as_float(opened, work / f"{kind}-again", source))
+    again = log_probabilities(as_float(opened, work / f"{kind}-again"))
     print(f"{kind}: {plan.change}", flush=True)
     print(f"  the file itself, from the original  {divergence(original, exact)}")
     print(f"  opened: its weights, from the file  {divergence(exact, again)}")
@@ -126,7 +127,6 @@ def measure(wide: Path, kind: str, work: Path, original: NDArray[np.float64]) ->
 
 
 def main() -> None:
-    llama_cpp.llama_log_set(_silent, None)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         wide = work / "wide.gguf"
@@ -136,11 +136,6 @@ def main() -> None:
         print(f"widened against the demo: {divergence(narrow, original)}", flush=True)
         for kind in sys.argv[1:] or TYPES:
             measure(wide, kind, work, original)
-
-
-@llama_cpp.llama_log_callback
-def _silent(level: int, text: bytes, data: Any) -> None:
-    """llama.cpp says much while it quantizes."""
 
 
 if __name__ == "__main__":

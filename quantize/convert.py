@@ -213,9 +213,6 @@ def make_plan(
     """Decides the format of every tensor of an opened source; arguments as in `convert`. Reads no weights."""
     check_request(format, group_size, method, tensor_types)
     check_config(source.config, "source")
-    for key in ("embedding_scale", "attention_scale", "sliding_window"):
-        if key in source.config:
-            raise ModelFormatError(f"source: {key} {source.config[key]} is not supported by the engine yet")
     check_tensors(source.config, {name: tensor.shape for name, tensor in source.tensors.items()}, "source")
     rules = [(re.compile(pattern), wanted) for pattern, wanted in tensor_types]
     unused = set(range(len(rules)))
