@@ -15,8 +15,8 @@ from typing import Any
 import jinja2
 
 from .common.errors import ModelFormatError
+from .common.named_templates import NAMED_TEMPLATES
 from .common.reader import read_bytes, shown
-from .named_templates import NAMED_TEMPLATES
 from .template_sandbox import MAX_SOURCE_CHARS, Account, Environment, LimitError, RefusedError, spending
 from .tokenizer import Tokenizer, check_text
 from .tokenizer.special import read_object

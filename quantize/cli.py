@@ -37,7 +37,8 @@ Report = Callable[[int, int, str], None]  # done, total, name
 _DESCRIPTION = """\
 Converts a LLaMA checkpoint into a model folder that pyllama opens without copying anything.
 
-SRC is a Hugging Face folder (config.json and *.safetensors) or a .gguf file. Without --format, matrices that already
+SRC is a Hugging Face folder (config.json and *.safetensors or pytorch_model*.bin), a folder of Meta's (params.json and
+consolidated.NN.pth) or a .gguf file. Without --format, matrices that already
 are on one of our grids come over as they are (GGUF's Q4_0, Q4_1, Q5_0, Q8_0, IQ4_NL), or with their scales rounded to
 16 bits (Q4_K, IQ4_XS), and all others become q8."""
 
@@ -111,7 +112,7 @@ def _convert_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("src", metavar="SRC", help="Hugging Face folder or .gguf file")
+    add("src", metavar="SRC", help="Hugging Face folder, Meta's folder or .gguf file")
     add("-o", "--output", metavar="OUT", help="the model folder to make")
     add(
         "--format",

@@ -168,7 +168,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressFunction | None = None,
 ) -> Path:
-    """Converts the checkpoint `src` (Hugging Face folder or GGUF file) into the model folder `out`; returns its path.
+    """Converts the checkpoint `src` (Hugging Face's or Meta's, or a GGUF) into a model folder `out`; returns its path.
 
     format: of all matrices; None repacks those that are on a grid of ours (docs/GGUF.md) and makes the others q8.
     group_size: 32, 64 or 128 columns per scale of what is quantized (default 32). method: how codes are chosen.

@@ -268,6 +268,27 @@ FAMILIES = (
         | dict.fromkeys(("w_gate", "w_up"), "blk.{i}.ffn_up.weight"),
         fused=(("wq", "wk", "wv"), ("w_gate", "w_up")),
     ),
+    Family(
+        architecture="llama",
+        container="meta",
+        model_type="llama",
+        keys={name: name for name in _HF_KEYS},  # readers/meta.py fills in what params.json leaves out
+        layer={
+            "attn_norm": "layers.{i}.attention_norm.weight",
+            "wq": "layers.{i}.attention.wq.weight",
+            "wk": "layers.{i}.attention.wk.weight",
+            "wv": "layers.{i}.attention.wv.weight",
+            "wo": "layers.{i}.attention.wo.weight",
+            "mlp_norm": "layers.{i}.ffn_norm.weight",
+            "w_gate": "layers.{i}.feed_forward.w1.weight",
+            "w_up": "layers.{i}.feed_forward.w3.weight",
+            "w_down": "layers.{i}.feed_forward.w2.weight",
+        },
+        outer={"tok_embeddings": "tok_embeddings.weight", "norm": "norm.weight", "output": "output.weight"},
+        interleaved=True,
+        ignored=("rope.freqs", "layers.{i}.attention.inner_attention.rope.freqs"),
+        defaults={"norm_eps": 1e-5, "rope_theta": 10000.0},
+    ),
 )
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pyllama.chat_template import ChatTemplate, encode_chat
 from pyllama.common.errors import ModelFormatError
-from pyllama.named_templates import NAMED_TEMPLATES
+from pyllama.common.named_templates import NAMED_TEMPLATES
 from pyllama.template_sandbox import Account, Environment, LimitError, spending
 from pyllama.tokenizer import Tokenizer
 from quantize.readers.gguf_file import read_gguf

@@ -373,8 +373,12 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 
     refused(open_source, tmp_path / "nowhere", r"nowhere: does not exist")
     refused(open_source, made("empty.gguf", b""), r"is empty")
-    refused(open_source, made("a.txt", b"hello"), r"starts with b'hell'; expected a .gguf or .safetensors")
-    refused(open_source, made("model.pth", b"PK\3\4"), r"PyTorch checkpoint; this version reads safetensors and GGUF")
+    refused(
+        open_source, made("a.txt", b"hello"), r"starts with b'hell'; expected a .gguf, .safetensors, .pth or .bin file"
+    )
+    refused(
+        open_source, made("model.pth", b"PK\3\4"), r"PyTorch checkpoint without a description; expected config.json"
+    )
     refused(open_source, made("weights", b"PK\3\4"), r"PyTorch checkpoint")
     refused(open_source, made("pytorch_model.bin", b"\x80\x02"), r"PyTorch checkpoint")
     refused(open_source, made("m.gguf", b"GGML"), r"does not start with GGUF")
@@ -399,7 +403,6 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
     refused(open_source, made("texts", notes__txt="x"), r"holds no config.json")
     refused(open_source, made("only-weights", model__safetensors=""), r"holds no config.json")
     refused(open_source, made("only-config", config__json=json.dumps(make.hf_config(SMALL))), r"found none")
-    refused(open_source, made("torch", config__json="{}", pytorch_model__bin="x"), r"PyTorch checkpoint")
     refused(
         open_source, made("two", a__gguf="x", b__gguf="x"), r"holds 2 .gguf files; name one of them: a.gguf, b.gguf"
     )

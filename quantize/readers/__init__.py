@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NoReturn
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import BoundedFile, shown
@@ -20,8 +19,8 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a checkpoint: a .gguf file, a Hugging Face folder, its .safetensors file, or a folder with one
-    model in .gguf files.
+    """Opens a checkpoint: a .gguf file, a Hugging Face folder (safetensors or PyTorch files) or a weight file in it,
+    a folder of Meta's (params.json, consolidated.NN.pth), or a folder with one model in .gguf files.
 
     Raises ModelFormatError that names the path and says what was found and what can be read.
     """
@@ -45,11 +44,29 @@ def _open_file(path: Path) -> Source:
 
         return open_safetensors(path.parent, single=path)
     if path.suffix in _TORCH_SUFFIXES or magic[:2] == b"PK":
-        _refuse_torch(path)
-    raise ModelFormatError(f"{path}: starts with {shown(magic)}; expected a .gguf or .safetensors file")
+        return _open_torch(path)
+    raise ModelFormatError(f"{path}: starts with {shown(magic)}; expected a .gguf, .safetensors, .pth or .bin file")
+
+
+def _open_torch(path: Path) -> Source:
+    """One of Meta's files means all of them; another is a Hugging Face folder's if a config.json lies beside it."""
+    from .meta import PARAMS, SHARD, open_meta
+
+    if SHARD.fullmatch(path.name) and (path.parent / PARAMS).exists():
+        return open_meta(path.parent)
+    if not (path.parent / "config.json").exists():
+        raise ModelFormatError(
+            f"{path}: is a PyTorch checkpoint without a description; expected config.json (Hugging Face) or, for"
+            f" consolidated.NN.pth, {PARAMS} (Meta) beside it"
+        )
+    from .safetensors_folder import open_safetensors
+
+    return open_safetensors(path.parent, single=path)
 
 
 def _open_folder(path: Path) -> Source:
+    from .meta import SHARD, open_meta
+
     try:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
@@ -62,21 +79,16 @@ def _open_folder(path: Path) -> Source:
         return _open_file(path / ggufs[0])
     if ggufs and not safetensors:
         raise ModelFormatError(f"{path}: holds {len(ggufs)} .gguf files; name one of them: {', '.join(ggufs[:8])}")
-    if not safetensors:
-        for name in names:
-            if name.endswith(_TORCH_SUFFIXES):
-                _refuse_torch(path / name)
+    if not safetensors and any(SHARD.fullmatch(name) for name in names):
+        return open_meta(path)
     if "config.json" not in names:
-        raise ModelFormatError(f"{path}: holds no config.json; expected a Hugging Face folder or one .gguf file")
+        raise ModelFormatError(
+            f"{path}: holds no config.json; expected a Hugging Face folder, Meta's params.json and consolidated.NN.pth,"
+            " or one .gguf file"
+        )
     from .safetensors_folder import open_safetensors
 
     return open_safetensors(path)
-
-
-def _refuse_torch(path: Path) -> NoReturn:
-    raise ModelFormatError(
-        f"{path}: is a PyTorch checkpoint; this version reads safetensors and GGUF (save it as safetensors first)"
-    )
 
 
 __all__ = ["Source", "SourceTensor", "open_source"]

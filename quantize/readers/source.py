@@ -8,9 +8,11 @@ finite once for everything behind, made in steps of a few MiB whatever the tenso
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -332,6 +334,26 @@ def is_zero(rows: Rows) -> bool:
     return not any(rows.read(index).any() for index in _steps(np.arange(rows.shape[0]), rows.shape))
 
 
+def same_numbers(a: Rows, b: Rows) -> bool:
+    """Whether two tensors of one shape and type hold the same; in steps, as comparing makes an array."""
+    if isinstance(a, StoredTensor) and isinstance(b, StoredTensor):
+        left, right, step = a.data(), b.data(), 1 << 22
+        return all(np.array_equal(left[i : i + step], right[i : i + step]) for i in range(0, left.size, step))
+    steps = _steps(np.arange(a.shape[0]), a.shape)
+    return all(np.array_equal(a.read(index), b.read(index), equal_nan=True) for index in steps)
+
+
+def identity_of(kind: str, name: str, paths: Sequence[Path]) -> dict[str, Any]:
+    """`Source.identity` over all files that a conversion reads, so that a new tokenizer or config makes another."""
+    head, size, newest = hashlib.sha256(), 0, 0
+    for path in paths:
+        with BoundedFile(path) as file:
+            head.update(file.read_at(0, min(file.size, 1 << 20)))
+            size, newest = size + file.size, max(newest, file.mtime_ns)
+    head.update(str(size).encode())
+    return {"kind": kind, "name": name, "size_bytes": size, "mtime_ns": newest, "sha256_head": head.hexdigest()}
+
+
 def _steps(index: Index, shape: tuple[int, ...]) -> list[Index]:
     """`index` cut so that a step's numbers take a few MiB."""
     step = max(1, _STEP_WEIGHTS // shape[1]) if len(shape) == 2 else max(1, len(index))
@@ -423,7 +445,8 @@ def _count_bad(values: Array) -> int:
 class Source:
     """A checkpoint, opened and checked: every tensor of the model is there, with the shape that the config demands.
 
-    kind: "safetensors" or "gguf". config: config.json of docs/FORMAT.md without `quantization` and `source`.
+    kind: "safetensors", "torch", "meta" or "gguf". config: config.json of docs/FORMAT.md without `quantization` and
+    `source`.
     tensors: by canonical name, in the order of the forward pass. generation_config: {} if there is none.
     identity: kind, name, size_bytes, mtime_ns, sha256_head; equal when, very likely, the source is. No absolute path.
     architecture: what the source calls it.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllama.chat_template import ChatTemplate, encode_chat
-from pyllama.named_templates import NAMED_TEMPLATES
+from pyllama.common.named_templates import NAMED_TEMPLATES
 from pyllama.tokenizer import Tokenizer
 from quantize.readers.gguf_vocab import tokenizer_files
 
