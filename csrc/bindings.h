@@ -42,5 +42,6 @@ void bind_sampler(pybind11::module_& module);   // bindings_sampler.cpp
 void bind_sampler_math(pybind11::module_ ops);  // bindings_sampler.cpp: the sampler's arithmetic
 void bind_ops(pybind11::module_& module);       // bindings_ops.cpp: the submodule `ops`
 void bind_cuda(pybind11::module_ module);       // bindings_cuda.cpp: the submodule `cuda`
+void bind_convert(pybind11::module_ module);    // bindings_convert.cpp: the submodule `convert`
 
 }  // namespace pyllama

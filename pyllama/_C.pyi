@@ -187,3 +187,29 @@ class ops:
     def philox4x32(counter: Seq[int], key: Seq[int]) -> list[int]: ...   # Philox4x32-10: four words and two -> four
     @staticmethod
     def uniform_bits(seed: int, position: int) -> int: ...   # the sampler's 53 random bits
+
+class convert:
+    """The inner loops of `quantize`, without the GIL; numpy twins define them. `isa`: one of isas(), "" = the best."""
+    @staticmethod
+    def isas() -> list[str]: ...
+    @staticmethod
+    def search_scale(
+        weights: NDArray[np.float32], group: int, levels: tuple[float, float], bias: float, places: ArrayLike,
+        level_of_half: ArrayLike | None = None, code_of_half: ArrayLike | None = None, isa: str = "",
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+        """[N, K] -> codes [N, K], f16 bits of scales [N, G]."""
+    @staticmethod
+    def search_affine(
+        weights: NDArray[np.float32], group: int, trials: ArrayLike, isa: str = "",
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
+        """[N, K] -> codes [N, K], f16 bits of scales and of minimums [N, G]; trials [n, 2]."""
+    @staticmethod
+    def largest(values: NDArray[np.float32], isa: str = "") -> float: ...   # magnitude; infinite if one is not finite
+    @staticmethod
+    def from_f16(halves: NDArray[np.uint16], isa: str = "") -> NDArray[np.float32]: ...
+    @staticmethod
+    def put_codes(codes: NDArray[np.uint8], tiles: NDArray[np.uint8], bits: int) -> None:
+        """Codes [N, K] into [tiles, blocks, 16, 4], in place."""
+    @staticmethod
+    def put_columns(values: NDArray[Any], tiles: NDArray[Any]) -> None:
+        """Numbers [N, width] of 1, 2 or 4 bytes into [tiles, columns, 16], in place."""

@@ -35,6 +35,7 @@ from pyllama.common.formats import (
 )
 from pyllama.common.model_folder import check_config, check_tensors
 
+from . import kernels
 from .lora import merge_adapters
 from .methods import METHODS
 from .readers import Source, SourceTensor, open_source
@@ -309,7 +310,7 @@ def _fill(item: Planned, payload: NDArray[np.uint8], method: str) -> Iterator[in
             packed = METHODS[method](item.source.read(rows), spec)
         else:
             packed = _cast(spec, item.source.read(rows))
-        pack_rows(spec, payload, packed, first)
+        pack_rows(spec, payload, packed, first, kernels.tiles())
         yield (rows.stop - rows.start) * n_columns
 
 

@@ -27,7 +27,18 @@ CPP_ARROWS = {
     "split_backend": {"words", "backend", "split_backend"},
     "cuda_library": {"words", "backend", "cuda_library", "cuda"},  # of cuda/ only the table: see below
     "cuda_backend": {"words", "backend", "cuda_library", "cuda_backend"},
-    "bindings": {"words", "backend", "model", "cpu", "split_backend", "cuda_library", "cuda_backend", "bindings"},
+    "convert": {"words", "convert"},
+    "bindings": {
+        "words",
+        "backend",
+        "model",
+        "cpu",
+        "convert",
+        "split_backend",
+        "cuda_library",
+        "cuda_backend",
+        "bindings",
+    },
 }
 WORDS = {"error", "formats", "tensor", "config", "portable_exp2", "portable_trig", "vocab"}
 
@@ -38,7 +49,7 @@ PYTHON_ARROWS = {
     "pyllama.cli": {"pyllama", "pyllama.common", "pyllama.cli", "pyllama.open", "pyllama._C"},
     "pyllama.open": {"pyllama", "pyllama.common", "pyllama._C", "quantize"},
     "pyllama": {"pyllama", "pyllama.open", "pyllama.common", "pyllama._C"},
-    "quantize": {"pyllama.common", "quantize"},
+    "quantize": {"pyllama.common", "quantize", "pyllama._C"},
 }
 ALLOWED_IN_COMMON = {"numpy"}
 

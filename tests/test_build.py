@@ -49,7 +49,7 @@ def test_every_source_is_built_and_nothing_else(commands: dict[str, list[str]]) 
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")}
     sources = {s for s in sources if not s.startswith("csrc/cuda/")}  # a library of its own
     arm = platform.machine() in ("aarch64", "arm64")
-    foreign = {s for s in sources if re.search("/kernels_avx" if arm else "/kernels_neon", s)}
+    foreign = {s for s in sources if re.search("/(kernels|rows)_avx" if arm else "/kernels_neon", s)}
     assert foreign
     assert {c for c in commands if not c.startswith("csrc/cuda/")} == sources - foreign
 
@@ -69,7 +69,8 @@ def test_results_do_not_depend_on_the_building_machine(commands: dict[str, list[
 def test_only_kernels_are_compiled_for_an_instruction_set(commands: dict[str, list[str]]) -> None:
     for source, words in commands.items():
         flags = [w for w in words if w.startswith("-m")]
-        kernels = Path(source).name.startswith("kernels_") and Path(source).stem != "kernels_scalar"
+        kernels = Path(source).name.startswith(("kernels_", "rows_"))
+        kernels &= Path(source).stem not in ("kernels_scalar", "rows_baseline")
         assert bool(flags) == kernels, f"{source}: {flags}"
 
 

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("PYLLAMA_BUILD_DIR") or ROOT / "build" / "dev")
-SOURCES = sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp"))
+SOURCES = sorted([*(ROOT / "csrc" / "cpu").glob("kernels_*.cpp"), *(ROOT / "csrc" / "convert").glob("rows_*.cpp")])
 LOCAL = 0
 BINDINGS = {0: "local", 1: "global", 2: "weak", 10: "unique"}
 
@@ -67,7 +67,7 @@ def test_an_isa_object_exports_only_its_table(source: Path) -> None:
     assert found, f"{BUILD} holds no object of {source.name}: the build is older than the sources; run `make dev`"
     for path in found:
         symbols = exported_symbols(path)
-        isa = source.stem.removeprefix("kernels_")
+        isa = source.stem.removeprefix("kernels_").removeprefix("rows_")
         assert complaints(symbols) == [], path
         assert isa in symbols[0].name, f"{path}: the table is called {symbols[0].name}, which does not name {isa}"
 

@@ -8,6 +8,7 @@ scales), and a payload (uint8) holds them in tiles. `pack` and `unpack` are exac
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -322,18 +323,28 @@ def dense(spec: TensorSpec, values: NDArray[np.float32]) -> Packed:
     return Packed(from_float32(values, spec.format))
 
 
-def pack(spec: TensorSpec, packed: Packed) -> NDArray[np.uint8]:
-    """The payload of a tensor: uint8 [spec.payload_bytes], padding zero.
+@dataclass(frozen=True)
+class Tiles:
+    """How plain numbers get into tiles: codes of a number of bits, and columns of dense values, scales, offsets."""
+
+    put_codes: Callable[[NDArray[Any], NDArray[Any], int], None]
+    put_columns: Callable[[NDArray[Any], NDArray[Any]], None]
+
+
+def pack(spec: TensorSpec, packed: Packed, tiles: Tiles | None = None) -> NDArray[np.uint8]:
+    """The payload of a tensor: uint8 [spec.payload_bytes], padding zero. `tiles`: another way to the same bytes.
 
     Raises ModelFormatError when an array's shape or type is not what the spec demands, a code exceeds 15, or
     input_order is no permutation. Source: docs/FORMAT.md, "Tiles".
     """
     payload = np.zeros(spec.payload_bytes, dtype=np.uint8)
-    pack_rows(spec, payload, packed, 0)
+    pack_rows(spec, payload, packed, 0, tiles)
     return payload
 
 
-def pack_rows(spec: TensorSpec, payload: NDArray[np.uint8], packed: Packed, first_row: int) -> None:
+def pack_rows(
+    spec: TensorSpec, payload: NDArray[np.uint8], packed: Packed, first_row: int, by: Tiles | None = None
+) -> None:
     """Puts rows first_row… of a tensor into a zeroed payload, so that a big one need not be held whole in plain order.
 
     `packed` holds the rows of a block; a block starts at a multiple of 16 and, unless it ends the tensor, has a
@@ -347,6 +358,7 @@ def pack_rows(spec: TensorSpec, payload: NDArray[np.uint8], packed: Packed, firs
             f"{spec.name}: rows {first_row} to {last_row} are no block of whole tiles of {spec.shape[0]} rows"
         )
     _check_arrays(spec, packed, n_rows)
+    by = by or NUMPY_TILES
     for section in spec.sections:
         target = payload[section.start : section.start + section.nbytes].view(section.dtype).reshape(section.shape)
         values = getattr(packed, section.name)
@@ -355,9 +367,9 @@ def pack_rows(spec: TensorSpec, payload: NDArray[np.uint8], packed: Packed, firs
             continue
         tiles = slice(first_row // TILE_ROWS, -(-last_row // TILE_ROWS))
         if section.name == "codes" and spec.info.quantized:
-            _put_codes(target[tiles], values, spec.info.code_bits)
+            by.put_codes(target[tiles], values, spec.info.code_bits)
         else:
-            _put_columns(target[tiles], values)
+            by.put_columns(target[tiles], values)
 
 
 def unpack(spec: TensorSpec, payload: NDArray[np.uint8]) -> Packed:
@@ -504,3 +516,6 @@ def _put_columns(tiled: NDArray[Any], values: NDArray[Any]) -> None:
 def _get_columns(tiled: NDArray[Any], n: int, width: int) -> NDArray[Any]:
     plain = tiled.transpose(0, 2, 1).reshape(-1, tiled.shape[1])
     return np.ascontiguousarray(plain[:n, :width])
+
+
+NUMPY_TILES = Tiles(_put_codes, _put_columns)

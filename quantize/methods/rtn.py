@@ -4,12 +4,12 @@ A group's error as a function of its scale has many local minima. Some two dozen
 that just covers the largest weight; for each, the best scale for the codes it gives is known in closed form (least
 squares), so trials are ranked without rounding. The winner is refitted a few times, its scale rounded to f16 before
 the codes are chosen again, and is kept only where it beats plain rounding. Works on arrays of [width, groups]: groups
-run along the contiguous axis, so every step is one pass of vector instructions. Does not know files or other methods.
+run along the contiguous axis, so every step is one pass of vector instructions. This is the definition; where the
+extension is built its loops (csrc/convert) do the same, bit for bit. Does not know files or other methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.formats import FORMATS, GROUPS, Q4NL_CODEBOOK, Packed
+
+from .. import kernels
 
 Floats = NDArray[np.float32]
 
@@ -30,8 +32,9 @@ _REFITS = 3
 # Trial scales put the largest weight at level * factor: below 1 it stays inside the grid, above 1 it is clipped.
 _FACTORS = np.linspace(0.84, 1.39, 12)
 _FACTORS8 = np.linspace(0.96, 1.01, 8)
-# Trial ranges of an affine group: each end moved inwards by this share of the range (5 x 5 trials).
+# Trial ranges of an affine group: each end moved inwards by this share of the range. Rows (start, step), in ranges.
 _SHRINK = (-0.03, 0.0, 0.035, 0.075, 0.12)
+_AFFINE_TRIALS = np.array([(low, (1 - low - high) / 15) for low in _SHRINK for high in _SHRINK], dtype=np.float32)
 
 
 def quantize_rtn(
@@ -50,12 +53,15 @@ def quantize_rtn(
         raise ValueError(f"rtn makes q8, q4, q4a and q4nl in groups of 32, 64 or 128; asked for {format} in {group}")
     if weights.ndim != 2 or weights.dtype != np.float32:
         raise ValueError(f"weights {weights.dtype} {list(weights.shape)}, expected float32 [N, K]")
+    method = _Method(format, codebook)
+    extension = kernels.EXTENSION if weights.size and weights.flags.c_contiguous else None
+    if extension is not None and extension.largest(weights) <= method.largest:  # else the way below says what is wrong
+        return method.by_extension(weights, group)
     n_rows, n_columns = weights.shape
     n_groups = -(-n_columns // group)
     codes = np.empty((n_rows, n_columns), dtype=np.int8 if format == "q8" else np.uint8)
     scales = np.empty((n_rows, n_groups), dtype=np.float16)
     offsets = np.empty((n_rows, n_groups), dtype=np.float16) if info.has_offset else None
-    search, largest = _method(format, codebook)
     full = n_columns // group * group
     step = max(1, _BLOCK_WEIGHTS // n_columns)
     for row in range(0, n_rows, step):
@@ -64,8 +70,8 @@ def quantize_rtn(
             if columns.start == columns.stop:
                 continue
             block = np.ascontiguousarray(weights[rows, columns].reshape(-1, width).T)
-            _check_range(block, largest, name)
-            found = search(block)
+            _check_range(block, method.largest, name)
+            found = method.search(block)
             groups = slice(columns.start // group, -(-columns.stop // group))
             codes[rows, columns] = found.codes.T.reshape(rows.stop - rows.start, -1)
             scales[rows, groups] = found.scales.reshape(rows.stop - rows.start, -1)
@@ -74,17 +80,37 @@ def quantize_rtn(
     return Packed(codes, scales, offsets)
 
 
-def _method(format: str, codebook: tuple[int, ...] | None) -> tuple[Callable[[Floats], _Found], float]:
+class _Method:
     """The search of a format, and the largest weight that it can hold with an f16 scale."""
-    if format == "q4a":
-        return _search_affine, _F16_MAX
-    grid: _Grid
-    if format == "q8":  # symmetric, so the sign does not matter; clipping costs more than it gains
-        grid, trials = _Uniform(-127, 127, 0, np.int8), 127 * _FACTORS8
-    else:
-        grid = _Codebook(codebook or Q4NL_CODEBOOK) if format == "q4nl" else _Uniform(-8, 7, 8, np.uint8)
-        trials = np.concatenate([grid.low * _FACTORS, grid.high * _FACTORS])
-    return lambda block: _search_scale(block, grid, trials), _F16_MAX * max(-grid.low, grid.high)
+
+    def __init__(self, format: str, codebook: tuple[int, ...] | None) -> None:
+        self.format = format
+        if format == "q4a":
+            self.largest = _F16_MAX
+            return
+        if format == "q8":  # symmetric, so the sign does not matter; clipping costs more than it gains
+            self.grid: _Grid = _Uniform(-127, 127, 0, np.int8)
+            self.places = (127 * _FACTORS8).astype(np.float32)
+        else:
+            self.grid = _Codebook(codebook or Q4NL_CODEBOOK) if format == "q4nl" else _Uniform(-8, 7, 8, np.uint8)
+            places = np.concatenate([self.grid.low * _FACTORS, self.grid.high * _FACTORS])
+            self.places = places.astype(np.float32)
+        self.largest = _F16_MAX * max(-self.grid.low, self.grid.high)
+
+    def search(self, block: Floats) -> _Found:
+        """The best encoding of weights [width, groups]."""
+        return _search_affine(block) if self.format == "q4a" else _search_scale(block, self.grid, self.places)
+
+    def by_extension(self, weights: Floats, group: int) -> Packed:
+        """The same for a whole matrix [N, K] whose weights are in range."""
+        if self.format == "q4a":
+            found = kernels.EXTENSION.search_affine(weights, group, _AFFINE_TRIALS)
+            return Packed(found[0], found[1].view(np.float16), found[2].view(np.float16))
+        grid = self.grid
+        tables = (grid.level_of_half, grid.code_of_half) if isinstance(grid, _Codebook) else ()
+        levels, bias = (grid.low, grid.high), getattr(grid, "bias", 0)
+        codes, scales = kernels.EXTENSION.search_scale(weights, group, levels, bias, self.places, *tables)
+        return Packed(codes.view(np.int8) if self.format == "q8" else codes, scales.view(np.float16))
 
 
 @dataclass
@@ -128,10 +154,17 @@ def _inverse(scales: Floats) -> Floats:
     return np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=usable)
 
 
+def _sum(values: Floats) -> Floats:
+    """Σ over the width, one after the other, and never -0: [width, groups] → [groups]."""
+    # numpy adds row to row here, but a single column pairwise.
+    total = np.add.reduce(values, axis=0) if values.shape[1] > 1 else np.add.accumulate(values, axis=0)[-1]
+    summed: Floats = total + np.float32(0)
+    return summed
+
+
 def _dot(a: Floats, b: Floats) -> Floats:
-    """Σ over the width: [width, groups] · [width, groups] → [groups]."""
-    product: Floats = np.einsum("kg,kg->g", a, b)
-    return product
+    """Σ over the width of products, each rounded: [width, groups] · [width, groups] → [groups]."""
+    return _sum(a * b)
 
 
 # ---- one scale per group: q8, q4, q4nl -------------------------------------------------------------------------------
@@ -163,8 +196,8 @@ class _Codebook:
             raise ValueError(f"codebook {list(codebook)}, expected 16 integers of -127 to 127 on both sides of zero")
         self.low, self.high = int(entries.min()), int(entries.max())
         middles = (np.arange(512) - 256 + 0.5) / 2
-        self._code_of_half = np.abs(middles[:, None] - entries[None, :]).argmin(axis=1).astype(np.uint8)
-        self._level_of_half = entries[self._code_of_half]
+        self.code_of_half = np.abs(middles[:, None] - entries[None, :]).argmin(axis=1).astype(np.uint8)
+        self.level_of_half = entries[self.code_of_half]
 
     def _halves(self, weights: Floats, inverse: Floats, scratch: Floats) -> NDArray[np.intp]:
         np.multiply(weights, inverse * np.float32(2), out=scratch)
@@ -173,25 +206,25 @@ class _Codebook:
         return scratch.astype(np.intp)
 
     def levels(self, weights: Floats, inverse: Floats, out: Floats) -> Floats:
-        np.take(self._level_of_half, self._halves(weights, inverse, out), out=out, mode="clip")
+        np.take(self.level_of_half, self._halves(weights, inverse, out), out=out, mode="clip")
         return out
 
     def codes(self, weights: Floats, inverse: Floats) -> NDArray[Any]:
-        codes: NDArray[Any] = self._code_of_half[self._halves(weights, inverse, np.empty_like(weights))]
+        codes: NDArray[Any] = self.code_of_half[self._halves(weights, inverse, np.empty_like(weights))]
         return codes
 
 
 _Grid = _Uniform | _Codebook
 
 
-def _search_scale(weights: Floats, grid: _Grid, trials: NDArray[np.float64]) -> _Found:
+def _search_scale(weights: Floats, grid: _Grid, trials: Floats) -> _Found:
     """The best scale of each group; trials are the places on the grid where the largest weight is put."""
     largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=0)[None], axis=0)[0]
     scratch = np.empty_like(weights)
     best_gain = np.full(largest.shape, -1, dtype=np.float32)
     scale = np.zeros_like(largest)
     for place in trials:
-        level = grid.levels(weights, _inverse(largest / np.float32(place)), scratch)
+        level = grid.levels(weights, _inverse(largest / place), scratch)
         wc, cc = _dot(weights, level), _dot(level, level)
         fitted = np.divide(wc, cc, out=np.zeros_like(wc), where=cc > 0)
         gain = fitted * wc  # Σw² − Σ(w − s·c)² for the fitted s
@@ -241,22 +274,19 @@ class _Best:
 def _search_affine(weights: Floats) -> _Found:
     """The best scale and minimum of each group; trials move both ends of the range that the 16 levels cover."""
     width = np.float32(weights.shape[0])
-    mean = weights.mean(axis=0, dtype=np.float32)
+    mean = _sum(weights) / width
     centred = weights - mean  # or the sums below would cancel in a group far from zero
     low, high = centred.min(axis=0), centred.max(axis=0)
     spread = high - low
     best_gain = np.full(mean.shape, -1, dtype=np.float32)
     scale, mean_code = np.zeros_like(mean), np.zeros_like(mean)
     scratch = np.empty_like(weights)
-    for from_low in _SHRINK:
-        for from_high in _SHRINK:
-            start = low + np.float32(from_low) * spread
-            step = spread * np.float32((1 - from_low - from_high) / 15)
-            code = _affine_codes(centred, step, start, scratch)
-            fitted, mean_of_code, gain = _fit_affine(centred, code, width)
-            better = gain > best_gain
-            best_gain[better] = gain[better]
-            scale[better], mean_code[better] = fitted[better], mean_of_code[better]
+    for start, step in _AFFINE_TRIALS:
+        code = _affine_codes(centred, spread * step, low + start * spread, scratch)
+        fitted, mean_of_code, gain = _fit_affine(centred, code, width)
+        better = gain > best_gain
+        best_gain[better] = gain[better]
+        scale[better], mean_code[better] = fitted[better], mean_of_code[better]
     best = _BestAffine(weights, mean)
     best.offer(spread / np.float32(15), weights.min(axis=0))
     for _ in range(_REFITS):
@@ -275,7 +305,7 @@ def _affine_codes(weights: Floats, scale: Floats, offset: Floats, out: Floats) -
 
 def _fit_affine(centred: Floats, code: Floats, width: np.float32) -> tuple[Floats, Floats, Floats]:
     """Least squares of s·c + m to weights of mean 0: s, the mean code, and the squared error that they save."""
-    mean_code = code.sum(axis=0) / width
+    mean_code = _sum(code) / width
     variance = _dot(code, code) - mean_code * mean_code * width
     covariance = _dot(centred, code)
     scale = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0)
@@ -289,13 +319,13 @@ class _BestAffine:
         self._weights = weights
         self._scratch = np.empty_like(weights)
         self._scale = np.zeros_like(mean)
-        self._offset = _round_f16(mean)
+        self._offset = _round_f16(mean) + np.float32(0)
         difference = weights - self._offset
         self._error = _dot(difference, difference)
 
     def offer(self, scale: Floats, offset: Floats) -> Floats:
         """Tries scales and minimums rounded to f16; returns the codes that they gave."""
-        scale, offset = _round_scale(scale), _round_f16(offset)
+        scale, offset = _round_scale(scale), _round_f16(offset) + np.float32(0)  # -0 or 0: min() may give either
         with np.errstate(invalid="ignore"):  # infinite, where a minimum does not fit f16
             code = _affine_codes(self._weights, scale, offset, self._scratch)
             difference = code * scale

@@ -22,6 +22,8 @@ from pyllama.common.errors import ModelFormatError
 from pyllama.common.formats import Packed, TensorSpec, from_bf16
 from pyllama.common.reader import BoundedFile, shown
 
+from ..kernels import widen_f16
+
 Array = NDArray[Any]
 Index = NDArray[np.intp]
 _STEP_WEIGHTS = 1 << 20  # weights decoded at a time: 4 MiB of float32
@@ -128,7 +130,7 @@ DENSE_TYPES: dict[str, StoredType] = {
             "F16",
             1,
             2,
-            lambda r: r.view("<f2").astype(np.float32),
+            lambda r: widen_f16(r.view("<f2")),
             Grid("f16"),
             lambda r: Packed(r.view("<f2").copy()),
         ),

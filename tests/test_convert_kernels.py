@@ -1,0 +1,194 @@
+"""The extension's loops for conversion equal their numpy definitions, bit for bit, on every instruction set.
+
+The definition is run by taking the extension away; rounding, sums and ties are compared by ==, also at the ends of the
+number range. What the searches find at all is tested in test_rtn.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pyllama.common.errors import ModelFormatError
+from pyllama.common.formats import FORMATS, GROUPS, NUMPY_TILES, Packed, pack
+from quantize import kernels
+from quantize.methods import quantize_rtn
+from tests.test_rtn import spec_of
+
+EXTENSION = kernels.EXTENSION
+assert EXTENSION is not None, "the extension is not built, or older than the sources; run `make dev`"
+ISAS = EXTENSION.isas()
+FORMATS_MADE = [name for name, row in FORMATS.items() if row.quantized]
+
+
+class Forced:
+    """The loops, all on one instruction set."""
+
+    def __init__(self, isa: str) -> None:
+        self.isa = isa
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(EXTENSION, name)
+        return call if name.startswith("put_") else lambda *arguments: call(*arguments, isa=self.isa)
+
+
+@contextmanager
+def using(extension: Any) -> Iterator[None]:
+    before, kernels.EXTENSION = kernels.EXTENSION, extension
+    try:
+        yield
+    finally:
+        kernels.EXTENSION = before
+
+
+def same_bits(a: Packed, b: Packed) -> None:
+    for name in ("codes", "scales", "offsets"):
+        left, right = getattr(a, name), getattr(b, name)
+        assert (left is None) == (right is None)
+        if left is not None:
+            assert left.dtype == right.dtype and left.shape == right.shape
+            np.testing.assert_array_equal(left.view(f"u{left.itemsize}"), right.view(f"u{right.itemsize}"), name)
+
+
+def check(weights: NDArray[np.float32], format: str, group: int, codebook: tuple[int, ...] | None = None) -> None:
+    with using(None), np.errstate(all="ignore"):
+        expected = quantize_rtn(weights, format, group, codebook)
+    for isa in ISAS:
+        with using(Forced(isa)):
+            same_bits(quantize_rtn(weights, format, group, codebook), expected)
+
+
+LARGEST = {"q8": 127 * 65504.0, "q4": 8 * 65504.0, "q4a": 65504.0, "q4nl": 127 * 65504.0}
+
+
+def drawn(kind: str, shape: tuple[int, int], size: float, seed: int) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    if kind == "any bits":  # of every exponent
+        values = rng.integers(0, 2**32, shape, dtype=np.uint32).view(np.float32)
+        values = np.where(np.isfinite(values), values, 0)
+        return np.clip(values, -6e4, 6e4).astype(np.float32)
+    made = {
+        "normal": lambda: rng.standard_normal(shape),
+        "spiky": lambda: rng.standard_normal(shape) ** 7 / 1000,
+        "one sign": lambda: 3 + rng.uniform(0, 1, shape),
+        "few values": lambda: rng.integers(-2, 3, shape) * rng.choice([1.0, -0.0], shape),
+        "ties": lambda: rng.integers(-16, 17, shape) / 2,
+        "zeros": lambda: rng.choice([0.0, -0.0], shape),
+        "sparse": lambda: rng.standard_normal(shape) * (rng.uniform(0, 1, shape) < 0.05),
+    }[kind]()
+    return (made * size).astype(np.float32)
+
+
+@settings(max_examples=120)
+@given(
+    st.sampled_from(FORMATS_MADE),
+    st.sampled_from(GROUPS),
+    st.tuples(st.integers(1, 40), st.integers(1, 300)),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1e-40, 1e-30, 1e-12, 6e-8, 1e-5, 1e-3, 1.0, 5e3]),
+    st.sampled_from(["normal", "spiky", "one sign", "few values", "ties", "zeros", "sparse", "any bits"]),
+)
+def test_searches_equal_their_definition(
+    format: str, group: int, shape: tuple[int, int], seed: int, size: float, kind: str
+) -> None:
+    weights = drawn(kind, shape, size, seed)
+    check(np.clip(weights, -LARGEST[format] * 0.99, LARGEST[format] * 0.99), format, group)
+
+
+@pytest.mark.parametrize("format", FORMATS_MADE)
+def test_a_matrix_of_a_real_size(format: str) -> None:
+    check(drawn("normal", (67, 1300), 0.05, 1), format, 64)
+
+
+@pytest.mark.parametrize("format", FORMATS_MADE)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_weights(format: str, sign: int) -> None:
+    weights = drawn("normal", (5, 70), 1.0, 2)
+    weights[1, 40] = sign * LARGEST[format] * 0.999
+    weights[2, :] = sign * LARGEST[format]
+    weights[3, 1], weights[3, 2] = LARGEST[format], -LARGEST[format]
+    check(weights, format, 32)
+
+
+@pytest.mark.parametrize(
+    "codebook",
+    [
+        (5, -5, 20, -20, 1, -1, 60, -60, 127, -127, 90, -90, 40, -40, 10, -10),
+        (-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7),  # two borders in a run of 16 halves
+        (-1, 1) * 8,
+        (-127, 127, *range(-7, 7)),
+    ],
+)
+def test_any_codebook(codebook: tuple[int, ...]) -> None:
+    for kind in ("normal", "ties", "one sign"):
+        check(drawn(kind, (9, 150), 0.1, 3), "q4nl", 32, codebook)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("format", FORMATS_MADE)
+def test_what_numpy_refuses_is_refused_in_the_same_words(bad: float, format: str) -> None:
+    weights = drawn("normal", (3, 70), 1.0, 0)
+    weights[2, 69] = bad
+    said = []
+    for extension in (None, *map(Forced, ISAS)):
+        with using(extension), pytest.raises(ModelFormatError) as caught:
+            quantize_rtn(weights, format, 32, name="w")
+        said.append(str(caught.value))
+    assert len(set(said)) == 1
+
+
+def test_every_half() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    expected = halves.astype(np.float32)
+    for isa in ISAS:
+        for first in (0, 1, 7):  # the ends of arrays take another way
+            found = EXTENSION.from_f16(halves.view(np.uint16)[first : first + 65530], isa=isa)
+            nan = np.isnan(expected[first : first + 65530])
+            assert (np.isnan(found) == nan).all()
+            assert (found.view(np.uint32) == expected[first : first + 65530].view(np.uint32))[~nan].all()
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(list(FORMATS)),
+    st.tuples(st.integers(1, 50), st.integers(1, 200)),
+    st.integers(0, 2**32 - 1),
+)
+def test_tiles_equal_their_definition(format: str, shape: tuple[int, int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    if FORMATS[format].quantized:
+        spec = spec_of(format, shape, 32)
+        packed = quantize_rtn(drawn("normal", shape, 1.0, seed), format, 32)
+    else:
+        from pyllama.common.formats import TensorSpec, dense
+
+        spec = TensorSpec("w", format, shape)
+        packed = dense(spec, rng.standard_normal(shape).astype(np.float32))
+    np.testing.assert_array_equal(pack(spec, packed, kernels.tiles()), pack(spec, packed, NUMPY_TILES))
+
+
+def test_arguments_are_checked() -> None:
+    weights = np.zeros((2, 64), np.float32)
+    for wrong in (
+        lambda: EXTENSION.search_scale(weights, 0, (-8, 7), 8, [1.0]),
+        lambda: EXTENSION.search_scale(weights, 129, (-8, 7), 8, [1.0]),
+        lambda: EXTENSION.search_scale(weights[0], 32, (-8, 7), 8, [1.0]),
+        lambda: EXTENSION.search_scale(weights, 32, (-8, 7), 8, [1.0], np.zeros(5), np.zeros(5, np.uint8)),
+        lambda: EXTENSION.search_affine(weights, 32, np.zeros((2, 3))),
+        lambda: EXTENSION.largest(weights, isa="altivec"),
+        lambda: EXTENSION.put_codes(np.zeros((2, 64), np.uint8), np.zeros((1, 2, 16, 4), np.uint8), 4),
+        lambda: EXTENSION.put_codes(np.zeros((17, 64), np.uint8), np.zeros((1, 8, 16, 4), np.uint8), 4),
+        lambda: EXTENSION.put_columns(np.zeros((2, 9), np.float16), np.zeros((1, 8, 16), np.float16)),
+        lambda: EXTENSION.put_columns(np.zeros((2, 8), np.float64), np.zeros((1, 8, 16), np.float64)),
+    ):
+        with pytest.raises(ValueError, match=r"\w"):
+            wrong()
+    with pytest.raises(TypeError):
+        EXTENSION.search_scale(weights.astype(np.float64), 32, (-8, 7), 8, [1.0])
