@@ -137,6 +137,16 @@ def test_settings_of_a_gguf_reach_the_folder() -> None:
     )
 
 
+def test_phi3s_control_tokens_take_the_line_end_behind_them() -> None:
+    tokens, types = ["<unk>", "<s>", "a", "<|user|>", "<|endoftext|>"], [2, 3, 1, 3, 3]
+    metadata = {**SPM_METADATA, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    metadata |= {"tokenizer.ggml.scores": [0.0] * 5, "general.architecture": "phi3"}
+    config = json.loads(tokenizer_files(metadata)["tokenizer_config.json"])
+    assert config["added_tokens_decoder"] == {"3": {"content": "<|user|>", "special": True, "rstrip": True}}
+    llama = json.loads(tokenizer_files({**metadata, "general.architecture": "llama"})["tokenizer_config.json"])
+    assert "added_tokens_decoder" not in llama
+
+
 def test_ids_that_end_a_text() -> None:
     assert end_token_ids(BPE_METADATA) == [3]
     assert end_token_ids({**BPE_METADATA, "tokenizer.ggml.eot_token_id": 2, "tokenizer.ggml.eom_token_id": 3}) == [3, 2]

@@ -427,6 +427,28 @@ def test_added_tokens_behind_a_sentencepiece_vocabulary(spm: Spm, tmp_path: Path
     assert ours.decode([size, size + 1]) == "<tool>"
 
 
+def test_added_tokens_take_the_blanks_behind_them_when_they_say_so(spm: Spm, tmp_path: Path) -> None:
+    """As the tokenizers library does it with `rstrip`, also where more than one line end stands."""
+    size = spm.reference.vocab_size()
+    tokens = {"<|user|>": True, "<|end|>": False}
+    added = {
+        str(size + i): {"content": text, "special": True, "rstrip": flag}
+        for i, (text, flag) in enumerate(tokens.items())
+    }
+    config = {**SPM_CONFIG, "added_tokens_decoder": added}
+    ours = Tokenizer.from_folder(
+        write_folder(tmp_path, {"tokenizer.model": spm.proto, "tokenizer_config.json": config})
+    )
+
+    def encode(text: str) -> list[int]:
+        return ours.encode(text, add_special=False, parse_special=True)
+
+    assert encode("<|user|>\n \na b<|end|>\n<|user|> ") == encode("<|user|>a b<|end|>") + encode("<|end|>\n")[1:] + [
+        size
+    ]
+    assert encode("<|end|>\na") != encode("<|end|>a") and encode(" a") != encode("a")
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

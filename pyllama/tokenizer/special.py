@@ -23,11 +23,15 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token outside the vocabulary file, as tokenizer_config.json or added_tokens.json declares it."""
+    """A token outside the vocabulary file, as tokenizer_config.json or added_tokens.json declares it.
+
+    rstrip: blanks and line ends behind it belong to it.
+    """
 
     id: int
     content: str
     special: bool
+    rstrip: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,8 @@ def _added_tokens(folder: Path, config: dict[str, Any], config_path: Path) -> tu
             raise ModelFormatError(
                 f"{config_path}: added_tokens_decoder has an entry that is no id and token: {shown(key)}"
             )
-        special = isinstance(value, dict) and bool(value.get("special", False))
-        found[int(key)] = AddedToken(int(key), content, special)
+        special, rstrip = (isinstance(value, dict) and bool(value.get(flag)) for flag in ("special", "rstrip"))
+        found[int(key)] = AddedToken(int(key), content, special, rstrip)
     path = folder / "added_tokens.json"
     for content, index in read_object(path).items():
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < MAX_TOKENS:

@@ -43,6 +43,7 @@ class SpmBackend:
         self._cut = {self._pieces[i]: i for i in control}
         self._control = set(control)
         self._special = control
+        self._rstrip: set[int] = set()
         self._add_tokens(special, path)
         self._has_prefix = self._processor.normalize("a").startswith(_BLANK)
         self._middle = self._processor
@@ -68,6 +69,8 @@ class SpmBackend:
                     f"{path}: added token {shown(token.content)} has id {token.id}, expected {len(self._pieces)}"
                 )
             self._cut[token.content] = token.id
+            if token.rstrip:
+                self._rstrip.add(token.id)
             if token.special:
                 self._special.add(token.id)
             if token.special or looks_like_control(token.content):
@@ -119,6 +122,8 @@ class SpmBackend:
         self._append_plain(ids, text[position:])
 
     def _append_plain(self, ids: list[int], text: str) -> None:
+        if ids and ids[-1] in self._rstrip:
+            text = text.lstrip()
         if text:
             ids += (self._middle if ids else self._processor).encode(text)
 

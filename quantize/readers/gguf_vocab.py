@@ -204,7 +204,19 @@ def _sentencepiece_files(metadata: dict[str, Any]) -> dict[str, bytes]:
     config = _config(metadata, tokens, default_add_bos=True)
     # GGUF's rule, and Meta's: the text after a control token gets sentencepiece's leading blank as the first one does.
     config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    if metadata.get("general.architecture") == "phi3":
+        config["added_tokens_decoder"] = _phi3_tokens(tokens, types)
     return {"tokenizer.model": proto, "tokenizer_config.json": _json(config)}
+
+
+def _phi3_tokens(tokens: list[str], types: list[int]) -> dict[str, Any]:
+    """Phi-3's control tokens take the line end behind them, which GGUF has no word for; three of them do not."""
+    plain = ("<unk>", "<s>", "<|endoftext|>")
+    return {
+        str(index): {"content": token, "special": True, "rstrip": True}
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == CONTROL and token not in plain
+    }
 
 
 def _check_sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> None:

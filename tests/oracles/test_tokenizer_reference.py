@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -20,9 +21,9 @@ import pytest
 import sentencepiece
 
 from pyllama.tokenizer import Tokenizer
-from quantize.readers.gguf_vocab import tokenizer_files
+from quantize.readers.gguf_vocab import PRE_TOKENIZERS, tokenizer_files
 
-from ..helpers_tokenizer import sentencepiece_metadata, write_folder
+from ..helpers_tokenizer import bpe_metadata, sentencepiece_metadata, train_bpe, write_folder
 from ..make_golden_tokenizer import demo_metadata, demo_reference
 from ..make_strings import strings
 
@@ -269,3 +270,25 @@ def test_tekken_is_tiktoken_by_mistrals_rules(tmp_path: Path) -> None:
     metadata |= {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
     ours = opened(tmp_path, metadata)
     assert_same(ours.encode, lambda text: [1, *(n_special + i for i in reference.encode(text))], STRINGS)
+
+
+# ------------------------------------------------------------------------------------ rules that GGUF only names
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "dbrx"])
+def test_the_rule_of_cl100k_is_transformers_own(pre: str) -> None:
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    pattern = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
+    assert PRE_TOKENIZERS[pre].steps[0]["pattern"]["Regex"] == pattern
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "deepseek-r1-qwen"])
+def test_the_rule_of_qwen2_is_transformers_own(pre: str, tmp_path: Path) -> None:
+    from transformers import Qwen2Tokenizer
+
+    metadata = bpe_metadata(train_bpe("qwen2"), pre)
+    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    reference = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    assert_same(opened(tmp_path, metadata).encode, lambda text: reference(text)["input_ids"], STRINGS[:3000])
