@@ -87,11 +87,16 @@ def save_hf_folder(model: LlamaForCausalLM, case: Case, folder: Path) -> Path:
     """What transformers writes, in the stored type and with a word-level tokenizer beside it; `model` is left alone."""
     # A copy, as the change of type would round the rotary frequencies for good.
     copy.deepcopy(model).to(getattr(torch, case.stored)).save_pretrained(folder, max_shard_size=case.max_shard_size)
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"▁w{i}": i for i in range(3, model.config.vocab_size)}
+    write_tokenizer(folder, model.config.vocab_size)
+    return folder
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A word-level tokenizer.json."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"▁w{i}": i for i in range(3, vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def load_gguf(path: Path) -> LlamaForCausalLM:
