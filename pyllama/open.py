@@ -109,7 +109,8 @@ def _find(path: str | os.PathLike[str]) -> Path:
 def _not_found(name: str) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
         return (
-            f"{name}: no such file or folder; it looks like a hub's name, but models are opened from local files only"
+            f"{name}: no such file or folder; it looks like a hub's name: `pyllama download {name}` fetches it, and"
+            " models are opened from local files only"
         )
     return f'{name}: no such file or folder; expected a model folder, a .gguf file, a Hugging Face folder, or "{DEMO}"'
 

@@ -170,7 +170,10 @@ def test_a_cache_without_a_home(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("no/such/model.gguf", "no such file or folder; expected a model folder, a .gguf file"),
         ("nowhere", "no such file or folder; expected"),
         ("~nobody-of-this-name/model", "~nobody-of-this-name/model: no such file or folder; expected"),
-        ("meta-llama/Llama-3.2-1B", "it looks like a hub's name, but models are opened from local files only"),
+        (
+            "meta-llama/Llama-3.2-1B",
+            "it looks like a hub's name: `pyllama download meta-llama/Llama-3.2-1B` fetches it",
+        ),
     ],
 )
 def test_a_path_that_is_not_there(name: str, message: str) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import bench, chat, doctor, generate, info, plan
+from . import bench, chat, doctor, download, generate, info, plan
 from .options import UsageError
 from .terminal import safe
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pyllama {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (chat, generate, bench, info, plan, doctor):
+    for module in (chat, generate, bench, info, plan, download, doctor):
         module.add_parser(commands)
     return parser
 

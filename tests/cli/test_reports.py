@@ -121,9 +121,10 @@ def test_info_tells_what_running_takes(gguf: Path, capsys: Captured) -> None:
 def test_info_of_a_hugging_face_folder(tmp_path: Path, capsys: Captured) -> None:
     shape = make.Shape(max_seq_len=8192, biases=True)
     names = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_bias": ...}
+    window = {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}
     yarn = {"type": "yarn", "factor": 2.0}
     folder = make.write_hf_folder(
-        tmp_path / "m", shape, make.random_weights(shape), dtype="BF16", rope_scaling=yarn, **names
+        tmp_path / "m", shape, make.random_weights(shape), dtype="BF16", rope_scaling=yarn, **names, **window
     )
     vocabulary = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
     (folder / "tokenizer.json").write_text(
@@ -134,7 +135,7 @@ def test_info_of_a_hugging_face_folder(tmp_path: Path, capsys: Captured) -> None
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert main(["info", str(folder), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    features = ["RoPE scaling yarn", "biases of query, key and value"]
+    features = ["a window of 100 tokens in 1 of 2 layers", "RoPE scaling yarn", "biases of query, key and value"]
     assert record["architecture"] == "Qwen2ForCausalLM" and record["features"] == features
     assert [row["n_ctx"] for row in record["memory"]] == [4096, 8192] and record["chat_template"] is True
     assert record["vocabulary"] == {"file": "tokenizer.json", "kind": "byte-level BPE", "n_tokens": 3}
@@ -142,7 +143,7 @@ def test_info_of_a_hugging_face_folder(tmp_path: Path, capsys: Captured) -> None
     assert record["stored_bytes"] == 2 * record["n_params"] and list(record["stored"]) == ["BF16"]
     assert main(["info", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"architecture +Qwen2ForCausalLM; RoPE scaling yarn; biases", text)
+    assert re.search(r"architecture +Qwen2ForCausalLM; a window of 100 tokens in 1 of 2 layers; RoPE", text)
     assert re.search(r"memory +\d+ MiB with a context of 8192 tokens", text)
     assert re.search(r"BF16 +\d+ +[\d,]+ +100.0 % ", text)
     assert not cache_folder().exists()
