@@ -197,6 +197,8 @@ BAD_GGUF: dict[str, tuple[bytes, str]] = {
     "type of 2^32 - 1": (one(kind=2**32 - 1), r"'t' has type unknown"),
     "type that is not read": (one(kind=16), r"'t' has type IQ2_XXS \(16\), which is not supported; .* Q6_K"),
     "rows of half a block": (one(dims=(16, 2)), r"rows of 16 weights are no multiple of Q8_0's block of 32"),
+    "rows of an eighth of a block": (one(kind=12), r"rows of 32 weights are no multiple of Q4_K's block of 256"),
+    "blocks beyond the file": (one(kind=12, dims=(256, 2)), r"'t' claims 288 bytes at offset \d+, the file holds"),
     "tensor beyond the file": (one(dims=(32, 2)), r"'t' claims 68 bytes at offset \d+, the file holds"),
     "offset beyond the file": (one(offset=4096), r"'t' claims 34 bytes at offset \d+"),
     "offset of 2^64 - 32": (one(offset=2**64 - 32), r"'t' claims 34 bytes at offset 1844674407370955\d+"),
