@@ -40,30 +40,23 @@ PyllamaCudaWeight record_of(const Weight& w) {
 }
 
 PyllamaCudaLayer record_of(const LayerWeights& w) {
-  return {record_of(w.attn_norm), record_of(w.wq),     record_of(w.wk),   record_of(w.wv),
-          record_of(w.bq),        record_of(w.bk),     record_of(w.bv),   record_of(w.wo),
-          record_of(w.mlp_norm),  record_of(w.w_gate), record_of(w.w_up), record_of(w.w_down)};
+  return {record_of(w.attn_norm), record_of(w.wq),     record_of(w.wk),     record_of(w.wv),     record_of(w.bq),
+          record_of(w.bk),        record_of(w.bv),     record_of(w.q_norm), record_of(w.k_norm), record_of(w.wo),
+          record_of(w.mlp_norm),  record_of(w.w_gate), record_of(w.w_up),   record_of(w.w_down)};
 }
 
 // Throws DeviceError for what only the CPU can do.
-void check_device_can(const Config& c, const ModelWeights& w) {
-  const auto refuse = [](bool asked, const char* what) {
-    check<DeviceError>(!asked, "this model has ", what, ", which the CUDA kernels do not know; run it on the CPU");
-  };
-  bool normed = false;
-  for (const LayerWeights& layer : w.layers) normed = normed || layer.q_norm.N || layer.k_norm.N;
-  refuse(normed, "norms of q and k (q_norm, k_norm)");
-  refuse(c.embedding_scale != 1.0f, "an embedding_scale");
-  refuse(c.attention_scale != default_attention_scale(c.head_dim), "an attention_scale");
-  const int longest = c.max_seq_len;
-  refuse(std::any_of(c.windows.begin(), c.windows.end(), [&](int window) { return window < longest; }),
-         "a sliding_window shorter than its context");
+void check_device_can(const Config& c) {
+  const bool slides =
+      std::any_of(c.windows.begin(), c.windows.end(), [&](int window) { return window < c.max_seq_len; });
+  check<DeviceError>(!slides, "this model has a sliding_window shorter than its context of ", c.max_seq_len,
+                     " tokens, which the CUDA kernels do not know; run it on the CPU, or with a shorter n_ctx");
 }
 
 // A model's record and what it points to.
 struct ModelRecord {
   ModelRecord(const Config& c, const ModelWeights& w, const CudaOptions& options) {
-    check_device_can(c, w);
+    check_device_can(c);
     for (const LayerWeights& layer : w.layers) layers.push_back(record_of(layer));
     model.dim = c.dim;
     model.hidden_dim = c.hidden_dim;
@@ -75,6 +68,8 @@ struct ModelRecord {
     model.max_seq_len = c.max_seq_len;
     model.norm_eps = c.norm_eps;
     model.rope_attention_factor = c.rope_attention_factor;
+    model.embedding_scale = c.embedding_scale;
+    model.attention_scale = c.attention_scale;
     model.rope_inv_freq = c.rope_inv_freq.data();
     model.tok_embeddings = record_of(w.tok_embeddings);
     model.norm = record_of(w.norm);

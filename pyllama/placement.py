@@ -40,7 +40,7 @@ class Placement:
         self._opened, self._n_ctx, self._kv_dtype = opened, n_ctx, kv_dtype
         self.n_layers = int(opened.config["n_layers"])
         check_gpu_layers(gpu_layers, self.n_layers)
-        self._cuda, self._note = choose_device(device, opened.config)
+        self._cuda, self._note = choose_device(device, opened.config | {"max_seq_len": n_ctx})
         self.gpu_layers = 0
         if self._cuda is None and gpu_layers not in ("auto", 0):
             raise DeviceError(f'gpu_layers={gpu_layers!r}: {self._note}; gpu_layers goes with device="cuda"')

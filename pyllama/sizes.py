@@ -31,10 +31,6 @@ def unsupported_on_device(config: Config) -> str | None:
     """Why no CUDA device can run a model of this config; None if one can."""
     if config["head_dim"] > _MAX_HEAD_DIM or config["head_dim"] % 2:
         return f"head_dim {config['head_dim']}: the CUDA kernels take even ones up to {_MAX_HEAD_DIM}"
-    if config.get("embedding_scale") not in (None, 1):
-        return "embedding_scale: the CUDA kernels do not know it"
-    if config.get("attention_scale") is not None:
-        return "attention_scale: the CUDA kernels do not know it"
     window = config.get("sliding_window")
     if window is not None and window < config["max_seq_len"]:
         return "sliding_window: the CUDA kernels do not know it"
@@ -98,6 +94,7 @@ def device_layer_bytes(config: Config, tensors: Tensors, layer: int) -> int:
     """A layer's weights on a device."""
     q, kv = _widths(config)
     vectors = 2 * _vector(config["dim"]) + _vector(q) + 2 * _vector(kv)
+    vectors += sum(_vector(config["head_dim"]) for norm in ("q_norm", "k_norm") if f"layers.{layer}.{norm}" in tensors)
     return sum(map(_matrix, _layer_stacks(tensors, layer))) + vectors
 
 

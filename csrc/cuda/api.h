@@ -12,7 +12,7 @@ extern "C" {
 
 // Counted up when a function or a struct changes its meaning or layout. New functions at the end leave it: they show
 // in size_bytes, and a caller asks only for a table that is large enough.
-enum { kPyllamaCudaVersion = 1 };
+enum { kPyllamaCudaVersion = 2 };
 
 typedef enum PyllamaCudaKind {
   kPyllamaCudaOk = 0,
@@ -54,7 +54,7 @@ typedef struct PyllamaCudaWeight {
 } PyllamaCudaWeight;
 
 typedef struct PyllamaCudaLayer {
-  PyllamaCudaWeight attn_norm, wq, wk, wv, bq, bk, bv, wo, mlp_norm, w_gate, w_up, w_down;
+  PyllamaCudaWeight attn_norm, wq, wk, wv, bq, bk, bv, q_norm, k_norm, wo, mlp_norm, w_gate, w_up, w_down;
 } PyllamaCudaLayer;
 
 // A model, or the part of one that runs on the device: its layers are counted from 0; without tok_embeddings the
@@ -62,7 +62,7 @@ typedef struct PyllamaCudaLayer {
 // call only.
 typedef struct PyllamaCudaModel {
   int32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len;
-  float norm_eps, rope_attention_factor;
+  float norm_eps, rope_attention_factor, embedding_scale, attention_scale;
   const float* rope_inv_freq;                      // [head_dim/2]
   PyllamaCudaWeight tok_embeddings, norm, output;  // output: equal to tok_embeddings when tied
   const PyllamaCudaLayer* layers;                  // [n_layers]

@@ -27,7 +27,7 @@ struct AttendStep {
   CacheLayout cache;
   int layer;
   int n_heads, group;  // group: query heads that share a key/value head
-  float scale;         // log2(e)/√head_dim: softmax here is in powers of two
+  float scale;         // of scores, times log2(e): softmax here is in powers of two
 };
 
 inline AttendStep attend_step(const CacheLayout& cache, int layer, const AttendShape& shape, const AttendBuffers& io) {
@@ -35,8 +35,9 @@ inline AttendStep attend_step(const CacheLayout& cache, int layer, const AttendS
     throw std::invalid_argument("n_heads " + std::to_string(shape.n_heads) + " is no multiple of n_kv_heads " +
                                 std::to_string(cache.n_kv_heads));
   }
-  const double scale = 1.4426950408889634 / std::sqrt(static_cast<double>(cache.head_dim));
-  return {io, cache, layer, shape.n_heads, shape.n_heads / cache.n_kv_heads, static_cast<float>(scale)};
+  const double scale = shape.scale > 0 ? shape.scale : 1.0 / std::sqrt(static_cast<double>(cache.head_dim));
+  const auto in_powers_of_two = static_cast<float>(1.4426950408889634 * scale);
+  return {io, cache, layer, shape.n_heads, shape.n_heads / cache.n_kv_heads, in_powers_of_two};
 }
 
 PYLLAMA_DEVICE float minus_infinity() { return as_float(0xff800000); }

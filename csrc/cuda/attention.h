@@ -42,6 +42,7 @@ struct AttendShape {
   int max_keys = 0;               // pos + n_tok, at most; spans that need more splits than this give NaN
   int n_tok = 0;                  // rows of q and o
   int n_heads = 0;                // a multiple of the cache's n_kv_heads
+  float scale = 0;                // of scores; 0: 1/√head_dim
   // Of the device (DeviceProperties). They decide how prompts are cut into blocks, and no result.
   int multiprocessors = 1;
   size_t shared_bytes = 0;
@@ -52,7 +53,7 @@ struct AttendRoom {
 };
 AttendRoom attend_room(const CacheLayout& cache, const AttendShape& shape);
 
-// o = softmax(q·kᵀ/√head_dim)·v, causal. Weights and values are products of halves summed in float; queries are brought
+// o = softmax(q·kᵀ · scale)·v, causal. Weights and values are products of halves summed in float; queries are brought
 // to halves by a power of two for each row.
 void attend(Stream& stream, const CacheLayout& cache, int layer, const AttendShape& shape, const AttendBuffers& args);
 

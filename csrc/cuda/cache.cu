@@ -54,11 +54,28 @@ struct RopeAppendArgs {
 PYLLAMA_DEVICE bool is_finite(float x) { return (as_bits(x) & kInfinity) != kInfinity; }
 PYLLAMA_DEVICE float clamp(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 
+// A head's numbers as they are, or normed.
+struct Head {
+  const float* x;
+  const float* norm;  // [head_dim], or null
+  float inverse;      // of the root of the mean square
+
+  PYLLAMA_DEVICE float at(int d) const { return norm ? x[d] * inverse * norm[d] : x[d]; }
+};
+
+PYLLAMA_DEVICE Head head_of(const float* x, const float* norm, int head_dim, float eps) {
+  if (!norm) return {x, norm, 1.0f};
+  float sum = 0.0f;
+  for (int d = static_cast<int>(lane()); d < head_dim; d += 32) sum = fma(x[d], x[d], sum);
+  for (unsigned i = 16; i > 0; i /= 2) sum += shuffle_xor(sum, i);  // every lane gets the same bits
+  return {x, norm, 1.0f / sqrtf(sum / static_cast<float>(head_dim) + eps)};
+}
+
 // Dimension d of a head after rotation by its token's angles.
-PYLLAMA_DEVICE float rotated(const float* head, const float* cos, const float* sin, int d, int half_dim) {
-  if (d < half_dim) return head[d] * cos[d] - head[d + half_dim] * sin[d];
+PYLLAMA_DEVICE float rotated(const Head& head, const float* cos, const float* sin, int d, int half_dim) {
+  if (d < half_dim) return head.at(d) * cos[d] - head.at(d + half_dim) * sin[d];
   const int i = d - half_dim;
-  return head[d] * cos[i] + head[i] * sin[i];
+  return head.at(d) * cos[i] + head.at(i) * sin[i];
 }
 
 // Byte offsets in a block; `k` is the token's slot in its page.
@@ -139,12 +156,14 @@ PYLLAMA_KERNEL void rope_append_kernel(const RopeAppendArgs args) {
   const float* in = args.step.qkv + token * args.step.stride + int64_t{head} * l.head_dim;
   const float* cos = args.places.cos + int64_t{token} * half_dim;
   const float* sin = args.places.sin + int64_t{token} * half_dim;
+  const float* norm = head < n_heads ? args.step.q_norm : args.step.k_norm;
+  const Head normed = head_of(in, norm, l.head_dim, args.step.norm_eps);
   float x[kMaxShare], v[kMaxShare];
   PYLLAMA_UNROLL
   for (int i = 0; i < kMaxShare; i++) {
     const int d = static_cast<int>(lane()) + 32 * i;
     const bool inside = d < l.head_dim;
-    x[i] = inside ? rotated(in, cos, sin, d, half_dim) : 0.0f;
+    x[i] = inside ? rotated(normed, cos, sin, d, half_dim) : 0.0f;
     v[i] = inside && head >= n_heads ? in[l.n_kv_heads * l.head_dim + d] : 0.0f;
     if (inside && head < n_heads) args.step.q[(int64_t{token} * n_heads + head) * l.head_dim + d] = x[i];
   }

@@ -52,7 +52,8 @@ struct Places {
   const float *cos = nullptr, *sin = nullptr;  // [n_tok][head_dim/2]
 };
 
-// Rotates the queries and keys of a step and puts its keys and values into their pages. Pairs are (i, i + head_dim/2):
+// Norms the heads of a step's queries and keys, where there are norms, rotates them and puts keys and values into their
+// pages. Pairs are (i, i + head_dim/2):
 // a·cos - b·sin, b·cos + a·sin, neither fused. qkv: f32 [n_tok][stride], a row is the queries of all heads, then keys,
 // then values. q: f32 [n_tok][n_heads·head_dim], not qkv itself.
 struct RopeAppend {
@@ -60,6 +61,8 @@ struct RopeAppend {
   int64_t stride = 0;
   float* q = nullptr;
   int n_heads = 0;
+  const float *q_norm = nullptr, *k_norm = nullptr;  // [head_dim], or null
+  float norm_eps = 0;
 };
 void rope_append(Stream& stream, const CacheLayout& cache, int layer, const Places& places, int n_tok,
                  const RopeAppend& step);

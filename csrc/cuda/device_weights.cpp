@@ -64,13 +64,19 @@ struct Total {
   }
 };
 
+// A layer's norms and biases.
+size_t layer_vectors(const Config& c, const LayerWeights& l) {
+  return 2 * vector_bytes(c.dim) + vector_bytes(c.q_dim()) + 2 * vector_bytes(c.kv_dim()) + vector_bytes(l.q_norm.N) +
+         vector_bytes(l.k_norm.N);
+}
+
 Total layer_total(const Config& c, const LayerWeights& l) {
   Total total;
   for (const Stack& stack : qkv_stacks(l)) total.add(stack);
   for (const Stack& stack : gate_up_stacks(l)) total.add(stack);
   total.add({&l.wo});
   total.add({&l.w_down});
-  total.bytes += 2 * vector_bytes(c.dim) + vector_bytes(c.q_dim()) + 2 * vector_bytes(c.kv_dim());
+  total.bytes += layer_vectors(c, l);
   return total;
 }
 
@@ -232,9 +238,9 @@ WeightSizes weight_sizes(const Config& config, const ModelWeights& weights) {
 bool gate_up_apart(const LayerWeights& layer) { return gate_up_stacks(layer).size() > 1; }
 
 DeviceWeights::DeviceWeights(Stream& stream, const Config& c, const ModelWeights& weights) {
-  const size_t n_layers = weights.layers.size();
-  const size_t of_layer = 2 * vector_bytes(c.dim) + vector_bytes(c.q_dim()) + 2 * vector_bytes(c.kv_dim());
-  vectors_ = Memory(n_layers * of_layer + vector_bytes(c.dim), "norms and biases");
+  size_t vectors = vector_bytes(c.dim);
+  for (const LayerWeights& l : weights.layers) vectors += layer_vectors(c, l);
+  vectors_ = Memory(vectors, "norms and biases");
   Upload upload(stream, weight_sizes(c, weights).staging, vectors_);
   tied_ = tied(weights);
   if (weights.tok_embeddings.N > 0) embedding_ = upload.matrix({&weights.tok_embeddings});
@@ -246,6 +252,8 @@ DeviceWeights::DeviceWeights(Stream& stream, const Config& c, const ModelWeights
     DeviceLayer made;
     made.attn_norm = upload.vector(l.attn_norm);
     made.mlp_norm = upload.vector(l.mlp_norm);
+    if (l.q_norm.N) made.q_norm = upload.vector(l.q_norm);
+    if (l.k_norm.N) made.k_norm = upload.vector(l.k_norm);
     made.qkv = upload.qkv(l);
     made.wo = upload.matrix({&l.wo});
     made.gate_up = upload.gate_up(l);

@@ -24,6 +24,7 @@ struct DeviceMatrix {
 
 struct DeviceLayer {
   const float *attn_norm = nullptr, *mlp_norm = nullptr;  // [dim]
+  const float *q_norm = nullptr, *k_norm = nullptr;       // [head_dim], or null
   std::vector<DeviceMatrix> qkv;                          // one to three: together the rows of q, k and v
   std::vector<DeviceMatrix> gate_up;  // one, rows of both in turns (StoreSwiglu of linear_few.h), or two
   DeviceMatrix wo, w_down;

@@ -19,6 +19,7 @@ struct EmbedArgs {
   const int32_t* tokens;
   const int32_t* input_order;
   float* x;
+  float scale;
 };
 
 // Where a number lies: in a chunk, in fragment `fragment` of `lane`, register `reg`, first or second of two.
@@ -110,15 +111,16 @@ PYLLAMA_KERNEL void embed_kernel(const EmbedArgs args) {
   const int row = args.tokens[token];
   const int column = args.input_order ? args.input_order[k] : k;
   const bool there = row >= 0 && row < args.w.rows;
-  args.x[token * args.w.columns + column] = there ? weight_at(args.w, row, k) : as_float(0x7fc00000);
+  args.x[token * args.w.columns + column] = there ? weight_at(args.w, row, k) * args.scale : as_float(0x7fc00000);
 }
 
 }  // namespace
 
-void embed(Stream& stream, const Fragments& w, const int32_t* tokens, int n_tok, const int32_t* input_order, float* x) {
+void embed(Stream& stream, const Fragments& w, const int32_t* tokens, int n_tok, const int32_t* input_order, float* x,
+           float scale) {
   if (n_tok == 0) return;
   const Dim3 grid{static_cast<unsigned>(n_tok), static_cast<unsigned>((w.columns + kThreads - 1) / kThreads)};
-  launch(stream, embed_kernel, {w, tokens, input_order, x}, grid, kThreads, 0, Start::kEarly);
+  launch(stream, embed_kernel, {w, tokens, input_order, x, scale}, grid, kThreads, 0, Start::kEarly);
 }
 
 }  // namespace cuda

@@ -147,6 +147,7 @@ void CudaModel::choose_shape(const Step& step) {
   shape_.max_few_tok = 0;
   shape_.n_tok = step.n_tok;
   shape_.n_heads = c_.n_heads;
+  shape_.scale = c_.attention_scale;
   shape_.multiprocessors = properties_.multiprocessors;
   shape_.shared_bytes = properties_.shared_bytes;
   n_out_ = step.n_out;
@@ -221,7 +222,8 @@ void CudaModel::embed() {
   if (!launches()) return;
   bring_inputs();
   const DeviceMatrix& w = w_.embedding();
-  pyllama::cuda::embed(stream_, w.fragments, inputs().tokens(), shape_.n_tok, w.input_order, buffers_.x);
+  pyllama::cuda::embed(stream_, w.fragments, inputs().tokens(), shape_.n_tok, w.input_order, buffers_.x,
+                       c_.embedding_scale);
 }
 
 void CudaModel::load_x(const float* x) {
@@ -246,7 +248,8 @@ void CudaModel::attention_in(int layer) {
   const int64_t stride = c_.q_dim() + 2 * c_.kv_dim();
   multiply_normed(w.qkv, w.attn_norm, buffers_.qkv, stride);
   const Places places{inputs().own_pages(), inputs().pos(), buffers_.cos, buffers_.sin};
-  rope_append(stream_, cache_, layer, places, shape_.n_tok, {buffers_.qkv, stride, buffers_.q, c_.n_heads});
+  rope_append(stream_, cache_, layer, places, shape_.n_tok,
+              {buffers_.qkv, stride, buffers_.q, c_.n_heads, w.q_norm, w.k_norm, c_.norm_eps});
 }
 
 void CudaModel::attention(int layer) {

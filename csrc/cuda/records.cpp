@@ -35,6 +35,8 @@ LayerWeights layer_of(const PyllamaCudaLayer& record) {
   l.bq = weight_of(record.bq);
   l.bk = weight_of(record.bk);
   l.bv = weight_of(record.bv);
+  l.q_norm = weight_of(record.q_norm);
+  l.k_norm = weight_of(record.k_norm);
   l.wo = weight_of(record.wo);
   l.mlp_norm = weight_of(record.mlp_norm);
   l.w_gate = weight_of(record.w_gate);
@@ -57,6 +59,8 @@ Config config_of(const PyllamaCudaModel& record) {
   c.max_seq_len = record.max_seq_len;
   c.norm_eps = record.norm_eps;
   c.rope_attention_factor = record.rope_attention_factor;
+  c.embedding_scale = record.embedding_scale;
+  c.attention_scale = record.attention_scale;
   c.rope_inv_freq.assign(record.rope_inv_freq, record.rope_inv_freq + record.head_dim / 2);
   return c;
 }

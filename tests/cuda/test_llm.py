@@ -137,7 +137,7 @@ def test_plans_are_what_the_library_takes() -> None:
         *((Shape(vocab_size=67), kind, {}) for kind in QUANTIZED),
         (Shape(tied=True, biases=True), Kind("f32"), {}),
         (Shape(dim=33, hidden_dim=31, n_heads=9, n_kv_heads=3, head_dim=2, tied=True), Kind("bf16"), {}),
-        (Shape(biases=True), Kind("q4", 128), kinds),
+        (Shape(biases=True, head_norms=True), Kind("q4", 128), kinds),
     ]
     for shape, kind, others in cases:
         small = small_model(shape, kind, kinds=others)

@@ -7,6 +7,7 @@ instruction takes microseconds. What a failing device does to a model is test_mo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pyllama import _C
-from pyllama.common.errors import ModelFormatError
+from pyllama.common.errors import DeviceError, ModelFormatError
 from pyllama.common.formats import TensorSpec, dense
 from tests.helpers_models import (
     DENSE,
@@ -112,6 +113,41 @@ def test_a_context_of_several_splits() -> None:
         dim=33, hidden_dim=31, n_heads=2, n_kv_heads=1, head_dim=8, vocab_size=17, n_layers=1, max_seq_len=600
     )
     check_logits(small_model(shape, Kind("f16")), [61, 1, 1, 1, *[63] * 3, *[1] * 6, 64, 64, 1, 1, 1], max_batch_tok=64)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+@pytest.mark.parametrize("head_dim", [6, 40, 128])
+def test_norms_of_q_and_k_and_scales(head_dim: int, kv_dtype: str) -> None:
+    extras = (("embedding_scale", 12.0), ("attention_scale", 0.3 / head_dim**0.5))
+    shape = Shape(dim=64, hidden_dim=64, n_heads=4, n_kv_heads=2, head_dim=head_dim, vocab_size=33)
+    shape = replace(shape, head_norms=True, biases=True, extras=extras)
+    small = small_model(shape, Kind("f16"))
+    check_logits(small, [9, 1, 1, 1])
+    plain = small_model(replace(shape, head_norms=False, extras=()), Kind("f16"))
+    tokens = random_tokens(small, 12)
+    assert np.abs(exact(small).logits(tokens) - exact(plain).logits(tokens)).max() > 0.1
+    cuda, cpu = on_cuda(small, kv_dtype=kv_dtype), small.model(kv_dtype=kv_dtype)
+    found, expected = all_logits(cuda, tokens, [9, 3]), all_logits(cpu, tokens, [9, 3])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-7 * np.abs(expected).max())
+    assert np.array_equal(all_logits(cuda, tokens, [9, 1, 1, 1]), found)
+
+
+def test_layers_with_norms_behind_others_on_the_cpu() -> None:
+    shape = replace(SMALL, n_layers=3, head_norms=True, extras=(("embedding_scale", 3.0), ("attention_scale", 0.1)))
+    small = small_model(shape, Kind("q8", 32))
+    tokens = random_tokens(small, 11)
+    found, expected = (all_logits(m, tokens, [9, 1, 1]) for m in (on_cuda(small, gpu_layers=2), small.model()))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-5 * np.abs(expected).max())
+
+
+def test_a_window_is_refused_where_it_would_be_felt() -> None:
+    window = replace(SMALL, n_layers=3, extras=(("sliding_window", 20), ("sliding_layers", [0])))
+    with pytest.raises(
+        DeviceError, match="has a sliding_window shorter than its context of 512 tokens, which the CUDA"
+    ):
+        on_cuda(small_model(window, Kind("f16")))
+    check_logits(small_model(window, Kind("f16")), [27, 1, 1], gpu_layers=2)  # the layer that has it is on the CPU
+    check_logits(small_model(replace(window, max_seq_len=20), Kind("f16")), [9, 1])
 
 
 def test_the_attention_factor() -> None:
@@ -328,7 +364,7 @@ def test_it_takes_what_it_says(cuda_library: Path, kv_dtype: str) -> None:
     def free_bytes() -> int:
         return int(_C.cuda.devices(str(cuda_library))[0]["free_bytes"])
 
-    for shape in (Shape(tied=True, biases=True), Shape()):
+    for shape in (Shape(tied=True, biases=True), Shape(head_norms=True)):
         small = small_model(shape, Kind("q4", 32), kinds={"wv": Kind("q8", 32), "w_up": Kind("f16")})
         sizes = _C.cuda.model_sizes(small.config, small.weights, max_batch_tok=32, kv_dtype=kv_dtype)
         assert (
