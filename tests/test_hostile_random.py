@@ -8,17 +8,21 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllama.common.errors import ModelFormatError
 from quantize.readers import open_source
+from quantize.readers.gguf_split import part_names
 from tests import make_sources as make
 from tests.helpers_hostile import SMALL, WEIGHTS, little_memory
 from tests.make_sources import gguf_bytes
+from tests.test_gguf_families import tensors_of
 
 KINDS = {"tok_embeddings": "Q8_0", "layers.0.wq": "Q4_1", "layers.0.wk": "Q4_0", "layers.0.wo": "F16"}
 VALID_GGUF = gguf_bytes(
@@ -78,6 +82,51 @@ def test_damaged_gguf(tmp_path_factory: pytest.TempPathFactory, content: bytes) 
     path.write_bytes(content)
     with little_memory(), contextlib.suppress(ModelFormatError):
         read_everything(path)
+
+
+def k_quants_in_two_parts() -> list[bytes]:
+    """A Phi-3 with fused matrices of K-quants and factors for long contexts, over two files."""
+    shape = make.Shape(dim=256, hidden_dim=256, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=17)
+    tensors = tensors_of("phi3", make.random_weights(shape), shape)
+    for tensor, kind in zip([t for t in tensors if len(t.dims) == 2], cycle(["Q4_K", "Q5_K", "IQ4_XS", "Q3_K"])):
+        tensor.kind = make.TYPE_IDS[kind]
+        tensor.data = make.encode_blocks(np.frombuffer(tensor.data, "<f4").reshape(tensor.dims[::-1]), kind)
+    factors = np.linspace(1, 4, 32, dtype="<f4").tobytes()
+    tensors += [make.GgufTensor(f"rope_factors_{which}.weight", (32,), 0, factors) for which in ("long", "short")]
+    parts = []
+    for number in range(2):
+        split = {"split.no": number, "split.count": 2, "split.tensors.count": len(tensors)}
+        entries = [make.gguf_entry(key, make.U32, value) for key, value in split.items()]
+        if number == 0:
+            entries = [*make.llama_entries(shape, "phi3"), *entries]
+        parts.append(gguf_bytes(entries, tensors[number::2]))
+    return parts
+
+
+PARTS = k_quants_in_two_parts()
+
+
+def write_parts(folder: Path, parts: list[bytes]) -> Path:
+    for name, content in zip(part_names("m-00001-of-00002.gguf"), parts, strict=True):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_what_gets_damaged_in_two_parts_is_valid(tmp_path: Path) -> None:
+    read_everything(write_parts(tmp_path, PARTS))
+
+
+@settings(max_examples=150)
+@given(data=st.data(), number=st.integers(0, 1))
+def test_damaged_parts(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, number: int) -> None:
+    folder = tmp_path_factory.getbasetemp() / "damaged-parts"
+    folder.mkdir(exist_ok=True)
+    parts = list(PARTS)
+    parts[number] = data.draw(damaged(parts[number], 1500 if number == 0 else 500))
+    write_parts(folder, parts)
+    with little_memory(), contextlib.suppress(ModelFormatError):
+        read_everything(folder)
 
 
 @settings(max_examples=400)
