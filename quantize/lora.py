@@ -236,9 +236,11 @@ class _Config:
         """Names that each module of the model which has them must have an update for."""
         found = self.values.get("target_modules")
         some = any(self.values.get(key) for key in ("layers_to_transform", "exclude_modules"))
-        if isinstance(found, list) and all(isinstance(name, str) for name in found) and not some:
-            return tuple(found)
-        return ()
+        if not isinstance(found, list) or some:
+            return ()
+        if len(found) > 1 << 10 or not all(isinstance(name, str) for name in found):
+            self.fail("target_modules", f"found {shown(found)}, expected at most {1 << 10} names of modules")
+        return tuple(found)
 
 
 # ---- adapter_model.safetensors ---------------------------------------------------------------------------------------

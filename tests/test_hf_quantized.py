@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
@@ -20,9 +22,16 @@ from quantize.readers.source import Slice
 
 from . import make_packed as pack
 from . import make_sources as make
+from .helpers_models import Kind, SmallModel, all_logits, native_weight, random_tokens
+from .helpers_models import Shape as EngineShape
 
 Array = NDArray[Any]
 SHAPE = make.Shape(dim=96, hidden_dim=160, n_layers=1, n_heads=6)
+FUZZED = make.Shape(dim=32, hidden_dim=32, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=8)
+PLAIN = [("embeddings|output", "f32")]
+ENGINE_SIZES = (
+    "dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len", "norm_eps"
+)  # fmt: skip
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 MLX: dict[str, Any] = {"group_size": 32, "bits": 4}
@@ -286,7 +295,7 @@ DEFECTS: dict[str, tuple[Packer, dict[str, Any], str]] = {
         {"quantization_config": AWQ | {"version": "gemv_fast"}},
         r"'gemv_fast', only gemm and gemv",
     ),
-    "awq symmetric": (pack.awq, {"quantization_config": AWQ | {"zero_point": False}}, r"zero_point: found False"),
+    "awq zero point": (pack.awq, {"quantization_config": AWQ | {"zero_point": 8}}, r"zero_point: found 8"),
     "awq llm": (pack.awq, {"quantization_config": AWQ | {"backend": "llm-awq"}}, r"llm-awq packs in a form of its own"),
     "awq as gptq": (pack.awq, {"quantization_config": GPTQ}, r"q_proj.*expected"),
     "mlx mode": (pack.mlx, {"quantization": MLX | {"mode": "mxfp4"}}, r"mode: found 'mxfp4', expected 'affine'"),
@@ -333,6 +342,86 @@ def test_defects(defect: str, tmp_path: Path) -> None:
     folder_of(tmp_path, packer, config, zeros=zeros)
     with pytest.raises(ModelFormatError, match=message):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("packer", "config", "random"),
+    [
+        (pack.gptq, GPTQ | {"desc_act": True}, {"zeros": (1, 15), "act_order": True}),
+        (pack.awq, AWQ, {"zeros": (0, 15)}),
+        (pack.mlx, MLX, {}),
+    ],
+    ids=["gptq-act-order", "awq", "mlx"],
+)
+def test_fused_modules(packer: Packer, config: dict[str, Any], random: dict[str, Any], tmp_path: Path) -> None:
+    """Phi-3's qkv and gate-up matrices, packed as one: each part takes its rows of the codes, all have one order."""
+    shape = make.Shape(n_layers=1, n_heads=4, n_kv_heads=1, head_dim=12, dim=96, hidden_dim=52)
+    fused = {"self_attn.qkv_proj": ("wq", "wk", "wv"), "mlp.gate_up_proj": ("w_gate", "w_up")}
+    weights = make.random_weights(shape)
+    extra, values = {}, {}
+    for module, parts in fused.items():
+        rows = [len(weights.pop(f"layers.0.{part}")) for part in parts]
+        matrix = pack.random_matrix((sum(rows), shape.dim), len(module), **random)
+        extra |= packer(f"model.layers.0.{module}", matrix)
+        cut = np.split(matrix.values(), np.cumsum(rows)[:-1])
+        values |= {f"layers.0.{part}": one for part, one in zip(parts, cut, strict=True)}
+    named = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": ..., "mlp_bias": ...}
+    key = "quantization_config" if "quant_method" in config else "quantization"
+    make.write_hf_folder(tmp_path / "source", shape, weights, extra=extra, **named, **{key: config})
+    folder = read_model_folder(convert(tmp_path / "source", tmp_path / "out"))
+    for name, value in values.items():
+        tensor = folder.tensors[name]
+        assert tensor.spec.format == "q4a" and tensor.spec.input_order == ("desc_act" in config)
+        found = dequantize(tensor.spec, unpack(tensor.spec, tensor.payload()))
+        np.testing.assert_array_equal(found, value.astype(np.float32), err_msg=name)
+
+
+@pytest.mark.parametrize("config", [GPTQ, AWQ, MLX], ids=["gptq", "awq", "mlx"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_description(config: dict[str, Any], data: st.DataObject, tmp_path: Path) -> None:
+    """Whatever a description says: the very values, or our error."""
+    packer: Packer = {"gptq": pack.gptq, "awq": pack.awq}.get(config.get("quant_method", ""), pack.mlx)
+    keys = [*config, "dynamic", "format", "backend", "mode", "model.layers.0.mlp.up_proj", "lm_head"]
+    key = "quantization_config" if "quant_method" in config else "quantization"
+    values = st.one_of(
+        st.none(), st.booleans(), st.integers(-1, 130), st.floats(), st.sampled_from(["gptq", "gptq_v2", "gemv"]),
+        st.dictionaries(st.sampled_from(["bits", "group_size", "mode"]), st.integers(2, 64)), st.lists(st.integers()),
+    )  # fmt: skip
+    changes = data.draw(st.dictionaries(st.sampled_from(keys), values, max_size=2))
+    whole = make.hf_config(FUZZED, **{key: config | changes})
+    folder = tmp_path / "model"
+    if not folder.exists():
+        folder_of(folder, packer, {}, FUZZED, zeros=None if packer is pack.mlx else (1, 15))
+    (folder / "config.json").write_text(json.dumps(whole))
+    try:
+        tensors = open_source(folder).tensors
+    except ModelFormatError:
+        return
+    assert np.isfinite(tensors["layers.0.w_up"].read()).all()
+
+
+def test_logits_after_act_order(tmp_path: Path) -> None:
+    """The engine on the converted folder, against the float64 oracle on the values that were packed."""
+    shape = make.Shape(n_layers=1, dim=96, hidden_dim=160, n_heads=6)
+    config = {"quantization_config": GPTQ | {"desc_act": True}}
+    values = folder_of(tmp_path / "source", pack.gptq, config, shape, zeros=(6, 10), act_order=True)
+    folder = read_model_folder(convert(tmp_path / "source", tmp_path / "out", format=None, tensor_types=PLAIN))
+    small = SmallModel(EngineShape(**{key: vars(shape)[key] for key in ENGINE_SIZES}), Kind("q4a"), {})
+    small.config = small.shape.config()
+    for name, tensor in folder.tensors.items():
+        packed = unpack(tensor.spec, tensor.payload())
+        small.weights[name], small.values[name] = native_weight(tensor.spec, packed), values[name]
+        if packed.input_order is not None:
+            small.orders[name] = packed.input_order
+    assert len(small.orders) == 7
+    errors = []
+    for seed in range(8):
+        tokens = random_tokens(small, 3, seed)
+        expected = small.oracle().logits(tokens)
+        errors.append(np.abs(all_logits(small.model(), tokens) - expected).max() / np.abs(expected).max())
+    assert np.median(errors) < 1e-5  # bounds as in test_engine.py
+    assert max(errors) < 0.05
 
 
 def test_zero_points_that_are_not_symmetric(tmp_path: Path) -> None:

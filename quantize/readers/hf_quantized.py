@@ -254,7 +254,7 @@ class _Awq(_Description):
         self.want("quant_method", "awq")
         self.want("method", "awq")
         self.want("pack_dtype", "int32")
-        self.want("zero_point", True)
+        self.want("zero_point", True, False)  # symmetric exports carry zero points too, all 8
         self.want("desc_act", False, None)
         self.want("dynamic", None, {})
         if str(self.values.get("backend")).lower() == "llm-awq":

@@ -18,7 +18,7 @@ from ..binding import bind
 from ..families import Family
 from ..fields import Fields
 from .hf_config import read_hf_config
-from .hf_quantized import unpack_quantized
+from .hf_quantized import OLD_DESCRIPTIONS, unpack_quantized
 from .hf_weights import read_weights
 from .source import Rows, Source, identity_of, same_numbers
 
@@ -56,7 +56,8 @@ def open_safetensors(folder: Path, single: Path | None = None) -> Source:
     stored = unpack_quantized(raw, folder, whole)
     _check_tied(found.family, config, stored, str(config_path))
     tensors = bind(found.family, config, stored, str(folder), optional=found.optional, factors=found.factors)
-    used = [config_path, *paths, *(folder / name for name in TOKENIZER_FILES if (folder / name).exists())]
+    beside = (*OLD_DESCRIPTIONS, *TOKENIZER_FILES)
+    used = [config_path, *paths, *(folder / name for name in beside if (folder / name).exists())]
     identity = identity_of(
         "safetensors" if paths[0].suffix == ".safetensors" else "torch",
         os.path.basename(os.path.abspath(single or folder)),
