@@ -125,9 +125,11 @@ def load_folder(path: Path, *, mmap: bool = True, settle_s: float = SETTLE_S) ->
     """
     from .chat_template import ChatTemplate
     from .tokenizer import Tokenizer
+    from .tokenizer.golden import check_golden_ids
 
     folder = read_model_folder(path, use_mmap=mmap)
     tokenizer = Tokenizer.from_folder(path)
+    check_golden_ids(tokenizer, path)
     weights = _native_weights(folder)
     settle(folder, settle_s)
     return OpenedModel(

@@ -36,6 +36,7 @@ from pyllama.common.formats import (
 from pyllama.common.model_folder import check_config, check_tensors
 
 from . import kernels
+from .golden import golden_files
 from .lora import merge_adapters
 from .methods import METHODS
 from .readers import Source, SourceTensor, open_source
@@ -279,6 +280,7 @@ def write_plan(
     files = plan.source.tokenizer_files()  # before the long part, as it may fail
     if plan.source.generation_config and GENERATION_FILE not in files:
         files[GENERATION_FILE] = (json.dumps(plan.source.generation_config, indent=2) + "\n").encode()
+    files |= golden_files(files, plan.config(), plan.source.identity["name"])
     done, total = 0, plan.n_weights
     specs = [item.spec for item in plan.tensors]
     with FolderWriter(out, specs, plan.config(), files, overwrite=overwrite) as writer:

@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tekken.json",
+    "golden_ids.json",
 )
 GENERATION_FILE = "generation_config.json"
 _CHUNK_BYTES = 1 << 26

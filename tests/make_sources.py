@@ -208,6 +208,14 @@ def write_hf_folder(
     return folder
 
 
+def small_tokenizer_json() -> bytes:
+    """A tokenizer of four tokens, which knows no text but "a"."""
+    model = {"type": "BPE", "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, "merges": []}
+    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor"))
+    return json.dumps({"version": "1.0", **empty, "added_tokens": [], "decoder": decoder, "model": model}).encode()
+
+
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)

@@ -45,11 +45,12 @@ WORDS = {"error", "formats", "tensor", "config", "portable_exp2", "portable_trig
 # Rooms of the Python packages, longest prefix first, and what each may import of ours.
 PYTHON_ARROWS = {
     "pyllama.common": {"pyllama.common"},
+    "pyllama.tokenizer": {"pyllama.common", "pyllama.tokenizer"},
     "pyllama.__main__": {"pyllama.cli"},  # `python -m pyllama` is the command
-    "pyllama.cli": {"pyllama", "pyllama.common", "pyllama.cli", "pyllama.open", "pyllama._C"},
-    "pyllama.open": {"pyllama", "pyllama.common", "pyllama._C", "quantize"},
-    "pyllama": {"pyllama", "pyllama.open", "pyllama.common", "pyllama._C"},
-    "quantize": {"pyllama.common", "quantize", "pyllama._C"},
+    "pyllama.cli": {"pyllama", "pyllama.common", "pyllama.tokenizer", "pyllama.cli", "pyllama.open", "pyllama._C"},
+    "pyllama.open": {"pyllama", "pyllama.common", "pyllama.tokenizer", "pyllama._C", "quantize"},
+    "pyllama": {"pyllama", "pyllama.open", "pyllama.common", "pyllama.tokenizer", "pyllama._C"},
+    "quantize": {"pyllama.common", "pyllama.tokenizer", "quantize", "pyllama._C"},
 }
 ALLOWED_IN_COMMON = {"numpy"}
 

@@ -34,7 +34,7 @@ REPACKED = {"Q4_0": "q4", "Q4_1": "q4a", "Q8_0": "q8"}
 def hf_source(folder: Path, shape: Shape = ODD, dtype: str = "F32") -> Path:
     """A Hugging Face folder with something like a tokenizer."""
     make.write_hf_folder(folder, shape, make.random_weights(shape), dtype=dtype)
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "tokenizer.json").write_bytes(make.small_tokenizer_json())
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     (folder / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [2, 5]}')
     (folder / "README.md").write_text("not wanted")
@@ -214,9 +214,16 @@ def test_files_and_config(tmp_path: Path) -> None:
     source = hf_source(tmp_path / "hf")
     out = convert(source, tmp_path / "out", format="q4", group_size=64)
     assert out == tmp_path / "out"
-    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    names = [
+        "config.json",
+        "generation_config.json",
+        "golden_ids.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert sorted(file.name for file in out.iterdir()) == names
-    for name in names[1:2] + names[3:]:
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     config = json.loads((out / "config.json").read_text())
     described, origin = config.pop("quantization"), config.pop("source")

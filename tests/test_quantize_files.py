@@ -245,7 +245,14 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(raw)
 
 
-FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "golden_ids.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 
 
 @given(st.data())

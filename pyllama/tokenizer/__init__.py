@@ -8,15 +8,17 @@ and ids in config.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from ..common.errors import ModelFormatError
 from .detokenizer import StreamDecoder, TokenTable, decode
-from .special import SpecialTokens, read_special_tokens
+from .special import VOCABULARY_LIMIT_BYTES, FolderFiles, SpecialTokens, read_special_tokens
 
 __all__ = ["StreamDecoder", "Tokenizer"]
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # the first that is there counts
 
 
 class _Backend(Protocol):
@@ -67,16 +69,30 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """The tokenizer of a model folder: tokenizer.json, or else tokenizer.model. Raises ModelFormatError."""
-        folder = Path(path)
-        special = read_special_tokens(folder)
-        if (folder / "tokenizer.json").is_file():
-            from .hf import HfBackend
+        return cls._from(FolderFiles(Path(path)))
 
-            return cls(HfBackend(folder / "tokenizer.json", special), special, folder)
-        if (folder / "tokenizer.model").is_file():
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], where: str | Path) -> Tokenizer:
+        """The tokenizer of a model folder that is not written yet: name -> bytes, config.json among them.
+
+        where: what messages call the folder. Raises ModelFormatError.
+        """
+        return cls._from(FolderFiles(Path(where), files))
+
+    @classmethod
+    def _from(cls, files: FolderFiles) -> Tokenizer:
+        folder, special = files.folder, read_special_tokens(files)
+        for name in VOCABULARIES:
+            if name not in files:
+                continue
+            raw = files.read(name, VOCABULARY_LIMIT_BYTES, "vocabulary")
+            if name == "tokenizer.json":
+                from .hf import HfBackend
+
+                return cls(HfBackend(raw, folder / name, special), special, folder)
             from .spm import SpmBackend
 
-            return cls(SpmBackend(folder / "tokenizer.model", special), special, folder)
+            return cls(SpmBackend(raw, folder / name, special), special, folder)
         raise ModelFormatError(
             f"{folder}: neither tokenizer.json nor tokenizer.model is there; a model needs one of them"
         )

@@ -18,9 +18,9 @@ from typing import Any, cast
 import tokenizers
 
 from ..common.errors import ModelFormatError
-from ..common.reader import read_bytes, shown
+from ..common.reader import shown
 from .detokenizer import TokenTable
-from .special import MAX_TOKENS, VOCABULARY_LIMIT_BYTES, SpecialTokens, looks_like_control
+from .special import MAX_TOKENS, SpecialTokens, looks_like_control
 
 _BLANK = "▁"
 _FIRST_STANDIN = 0x100000  # the last private-use plane
@@ -38,11 +38,9 @@ def byte_alphabet() -> dict[str, int]:
 class HfBackend:
     """A vocabulary from tokenizer.json. Safe to use from several threads."""
 
-    def __init__(self, path: Path, special: SpecialTokens) -> None:
+    def __init__(self, raw: bytes, path: Path, special: SpecialTokens) -> None:
         self._path = path
-        self._tokenizer = _from_json(
-            read_bytes(path, VOCABULARY_LIMIT_BYTES, "vocabulary").decode("utf-8", "replace"), path
-        )
+        self._tokenizer = _from_json(raw.decode("utf-8", "replace"), path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._add_declared(special)

@@ -7,12 +7,13 @@ checked by the caller.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import ModelFormatError
-from ..common.reader import read_json, shown
+from ..common.reader import parse_json, read_bytes, shown
 
 JSON_LIMIT_BYTES = 16 << 20
 VOCABULARY_LIMIT_BYTES = 256 << 20
@@ -51,16 +52,47 @@ class SpecialTokens:
     legacy: bool
 
 
+class FolderFiles:
+    """The files of a model folder: on the disk, or, before they are written, in memory (`contents`: name -> bytes).
+
+    Errors name `folder` in both cases.
+    """
+
+    def __init__(self, folder: Path, contents: Mapping[str, bytes] | None = None) -> None:
+        self.folder = folder
+        self._contents = contents
+
+    def __contains__(self, name: str) -> bool:
+        return (self.folder / name).is_file() if self._contents is None else name in self._contents
+
+    def read(self, name: str, limit: int, what: str) -> bytes:
+        """A whole file. Raises ModelFormatError when it is larger than `limit`."""
+        if self._contents is None:
+            return read_bytes(self.folder / name, limit, what)
+        if len(self._contents[name]) > limit:
+            raise ModelFormatError(
+                f"{self.folder / name}: {what} of {len(self._contents[name])} bytes, at most {limit} are allowed"
+            )
+        return self._contents[name]
+
+    def object(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file, {} when there is no such file. ModelFormatError when it holds anything else."""
+        if name not in self:
+            return {}
+        return parse_json(self.read(name, JSON_LIMIT_BYTES, "JSON file"), str(self.folder / name))
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} when there is no such file. ModelFormatError when it holds anything else."""
-    return read_json(path, JSON_LIMIT_BYTES) if path.is_file() else {}
+    return FolderFiles(path.parent).object(path.name)
 
 
-def read_special_tokens(folder: Path) -> SpecialTokens:
+def read_special_tokens(files: FolderFiles) -> SpecialTokens:
     """Everything the JSON files of a model folder say about special tokens. Raises ModelFormatError."""
+    folder = files.folder
     config_path = folder / "tokenizer_config.json"
-    config, model = read_object(config_path), read_object(folder / "config.json")
-    generation = read_object(folder / "generation_config.json")
+    config, model = files.object("tokenizer_config.json"), files.object("config.json")
+    generation = files.object("generation_config.json")
     named = {name: _content(config.get(name), name, config_path) for name in _NAMED}
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     if isinstance(more, dict):
@@ -77,7 +109,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
         add_bos=_flag(config, "add_bos_token", config_path),
         add_eos=_flag(config, "add_eos_token", config_path),
         names=tuple(dict.fromkeys(name for name in [*named.values(), *extra] if name)),
-        added=_added_tokens(folder, config, config_path),
+        added=_added_tokens(files, config, config_path),
         bos_id=bos_ids[0] if bos_ids else None,
         eos_ids=tuple(dict.fromkeys(i for value in ids for i in _ids(value, "eos_token_id", folder))),
         model_vocab_size=_vocab_size(model, folder / "config.json"),
@@ -116,7 +148,7 @@ def _vocab_size(model: dict[str, Any], path: Path) -> int:
     return size
 
 
-def _added_tokens(folder: Path, config: dict[str, Any], config_path: Path) -> tuple[AddedToken, ...]:
+def _added_tokens(files: FolderFiles, config: dict[str, Any], config_path: Path) -> tuple[AddedToken, ...]:
     """Tokens of `added_tokens_decoder`, then those that only added_tokens.json names (never special)."""
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
@@ -130,8 +162,8 @@ def _added_tokens(folder: Path, config: dict[str, Any], config_path: Path) -> tu
             )
         special, rstrip = (isinstance(value, dict) and bool(value.get(flag)) for flag in ("special", "rstrip"))
         found[int(key)] = AddedToken(int(key), content, special, rstrip)
-    path = folder / "added_tokens.json"
-    for content, index in read_object(path).items():
+    path = files.folder / "added_tokens.json"
+    for content, index in files.object("added_tokens.json").items():
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < MAX_TOKENS:
             raise ModelFormatError(
                 f"{path}: {shown(content)} must have an id from 0 to {MAX_TOKENS - 1}, found {shown(index)}"

@@ -14,9 +14,9 @@ from pathlib import Path
 import sentencepiece
 
 from ..common.errors import ModelFormatError
-from ..common.reader import read_bytes, shown
+from ..common.reader import shown
 from .detokenizer import TokenTable
-from .special import MAX_TOKENS, VOCABULARY_LIMIT_BYTES, SpecialTokens, looks_like_control
+from .special import MAX_TOKENS, SpecialTokens, looks_like_control
 
 _BLANK = "▁"
 # normalizer_spec { add_dummy_prefix: false }, appended to a serialized model: protobuf merges it over what stands
@@ -31,8 +31,7 @@ class SpmBackend:
     default_add_bos = True
     default_add_eos = False
 
-    def __init__(self, path: Path, special: SpecialTokens) -> None:
-        proto = read_bytes(path, VOCABULARY_LIMIT_BYTES, "vocabulary")
+    def __init__(self, proto: bytes, path: Path, special: SpecialTokens) -> None:
         self._processor = _open(proto, path)
         size = self._processor.vocab_size()
         if size > MAX_TOKENS:
