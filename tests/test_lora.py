@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
@@ -278,6 +280,27 @@ def test_defects(defect: str, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", tensors, **changes)
     with pytest.raises(ModelFormatError, match=message):
         merge_adapters(source, [(adapter, 1.0)])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_config(data: st.DataObject, tmp_path: Path) -> None:
+    """Whatever adapter_config.json says: finite values, or our error."""
+    names = [*config_of(), "lora_bias", "layers_to_transform", "exclude_modules", "target_parameters", "use_qalora"]
+    simple = st.one_of(st.none(), st.booleans(), st.integers(-2, 1 << 20), st.floats(), st.text(max_size=4))
+    nested = st.one_of(
+        simple, st.lists(simple, max_size=3), st.dictionaries(st.sampled_from(["q_proj", "^(a+)+$"]), simple)
+    )
+    changes = data.draw(st.dictionaries(st.sampled_from(names), nested, max_size=3))
+    if not (tmp_path / "model").exists():
+        model(tmp_path / "model")
+        write_adapter(tmp_path / "adapter", GOOD)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config_of(**changes)))
+    try:
+        merged = merge_adapters(open_source(tmp_path / "model"), [(tmp_path / "adapter", 1.0)])
+    except ModelFormatError:
+        return
+    assert np.isfinite(merged.tensors["layers.0.wq"].read()).all()
 
 
 def test_tied_model(tmp_path: Path) -> None:
