@@ -247,6 +247,7 @@ FAMILIES = (
         rope_types={"su": "longrope", "yarn": "longrope"},  # names of earlier versions
     ),
     _gguf("llama", interleaved=True),  # LLaMA, Mistral, TinyLlama, Yi, SmolLM2
+    _gguf("mistral3", interleaved=True),  # Mistral Small as newer converters write it
     _gguf("qwen2", optional=BIASES),  # Qwen2.5 too
     _gguf(
         "qwen3",
@@ -303,6 +304,16 @@ NOT_YET = {
     "Gemma2ForCausalLM": "its norms, activation and logits are others than a Llama's",
     "Gemma3ForCausalLM": "its norms and activation are others than a Llama's",
     "PhiForCausalLM": "its layers are built otherwise",
+    "smollm3": "some of its layers have no rotary positions",
+    "qwen2moe": "it is a mixture of experts",
+    "qwen3moe": "it is a mixture of experts",
+    "granitemoe": "it is a mixture of experts",
+    "granitehybrid": "some of its layers have no attention",
+    "gemma": "its norms and activation are others than a Llama's",
+    "gemma2": "its norms, activation and logits are others than a Llama's",
+    "gemma3": "its norms and activation are others than a Llama's",
+    "phi2": "its layers are built otherwise",
+    "clip": "it is the image part of another model, which has a file of its own",
 }
 
 

@@ -20,7 +20,7 @@ from tests import make_sources as make
 from tests.make_sources import F32, STRING, U32, GgufTensor, Shape
 
 SHAPE = Shape(n_kv_heads=2, biases=False)
-INTERLEAVED = ("llama", "granite")
+INTERLEAVED = ("llama", "mistral3", "granite")
 Weights = dict[str, NDArray[np.float32]]
 
 
@@ -67,7 +67,7 @@ def opened(folder: Path, architecture: str, extra: Sequence[GgufTensor] = (), **
     return open_source(write(folder / "m.gguf", architecture, None, extra, **changes))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "granite", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral3", "qwen2", "qwen3", "granite", "phi3"])
 def test_tensors_by_our_names_in_our_order(tmp_path: Path, architecture: str) -> None:
     source = opened(tmp_path, architecture)
     weights = weights_of(architecture, Shape(biases=architecture == "qwen2"))
@@ -208,8 +208,10 @@ def test_control_tokens_that_end_a_turn(tmp_path: Path) -> None:
         ("granite", [], {"llama.residual_scale": (F32, math.nan)}, r"granite\.residual_scale: found nan"),
         ("granite", [], {"llama.logit_scale": (F32, -8.0)}, r"granite\.logit_scale: found -8\.0"),
         ("granite", [], {"llama.expert_count": (U32, 4)}, r"granite\.expert_count: found 4, only 0"),
+        ("mistral3", [], {"llama.attention.temperature_scale": (F32, 0.1)}, r"temperature_scale: found 0\.1, only 0"),
+        ("clip", [], {}, r"'clip' is not supported: it is the image part of another model"),
         ("qwen3", [], {"llama.attention.key_length": (U32, 32)}, r"qwen3\.attention\.value_length: found 16"),
-        ("smollm3", [], {}, r"architecture 'smollm3' is not supported.*; this version knows llama, qwen2"),
+        ("smollm3", [], {}, r"'smollm3' is not supported: some of its layers .*; this version knows llama,"),
     ],
 )
 def test_what_does_not_fit_is_named(
