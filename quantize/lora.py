@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.reader import read_json, shown
+from pyllama.common.reader import parse_json, read_bytes, shown
 from pyllama.common.safetensors import read_safetensors
 
 from .readers.source import DENSE_TYPES, Index, Rows, Source, SourceTensor, StoredTensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 24
 MAX_RANK = 1 << 14
 
 _PREFIX = "base_model.model."
@@ -149,7 +150,8 @@ def open_adapter(path: str | os.PathLike[str], factor: float = 1.0) -> Adapter:
     for needed in (folder / CONFIG, weights):
         if not needed.exists():
             raise ModelFormatError(f"{needed}: is missing; expected a PEFT adapter, {CONFIG} and {WEIGHTS}")
-    config = _Config(read_json(folder / CONFIG), str(folder / CONFIG))
+    description = read_bytes(folder / CONFIG, MAX_CONFIG_BYTES, CONFIG)
+    config = _Config(parse_json(description, str(folder / CONFIG)), str(folder / CONFIG))
     file = read_safetensors(weights)
     stored = {
         name: StoredTensor(file.file, name, i.dtype, DENSE_TYPES.get(i.dtype), i.shape, i.start, i.end - i.start)
@@ -157,7 +159,7 @@ def open_adapter(path: str | os.PathLike[str], factor: float = 1.0) -> Adapter:
     }
     modules, whole = _sort(stored, str(weights))
     updates = {module: _update(module, parts, config, factor) for module, parts in modules.items()}
-    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    digest = hashlib.sha256(description)
     digest.update(file.file.read_at(0, min(file.file.size, 1 << 20)))
     name = os.path.basename(os.path.abspath(folder))
     identity = {"name": name, "scale": factor, "size_bytes": file.file.size, "sha256_head": digest.hexdigest()}
