@@ -9,10 +9,11 @@
 #include <vector>
 
 #include "error.h"
-#include "vocab.h"
 
 namespace pyllama {
 namespace {
+
+constexpr int kMostBatchTok = 65535;  // spans of a step, and so its tokens, are a side of a grid
 
 // Memory that ran out in the middle of work, where the scheduler can free some and try again.
 struct OutOfDeviceMemory final : std::bad_alloc {
@@ -104,8 +105,9 @@ class CudaBackend final : public Backend {
   CudaBackend(const Config& config, const ModelWeights& weights, const CudaOptions& options)
       : library_(CudaLibrary::open(cuda_library_path())),
         table_(library_.table()),
-        max_batch_tok_(options.max_batch_tok),
-        can_draw_(config.vocab_size <= kMaxVocab) {
+        max_batch_tok_(options.max_batch_tok) {
+    check<DeviceError>(max_batch_tok_ <= kMostBatchTok, "max_batch_tok is ", max_batch_tok_, ", the CUDA kernels take ",
+                       kMostBatchTok, " at most");
     const int n_devices = library_.device_count();
     check<DeviceError>(options.device >= 0 && options.device < n_devices, "there is no device ", options.device,
                        ": the driver counts ", n_devices, ", from 0");
@@ -158,7 +160,7 @@ class CudaBackend final : public Backend {
     library_.check_result(table_.logits(opened_, &found));
     return found;
   }
-  bool can_draw() const override { return can_draw_; }
+  bool can_draw() const override { return true; }
   const int32_t* drawn() override {
     const int32_t* found = nullptr;
     library_.check_result(table_.drawn(opened_, &found));
@@ -184,7 +186,6 @@ class CudaBackend final : public Backend {
   const CudaLibrary& library_;
   const PyllamaCudaTable& table_;
   const int max_batch_tok_;
-  const bool can_draw_;
   std::string name_;
   size_t page_bytes_ = 0;
   PyllamaCudaOpened* opened_ = nullptr;

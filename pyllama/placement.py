@@ -58,7 +58,7 @@ class Placement:
     @cached_property
     def plan(self) -> Plan:
         """What the model takes, with what was free before it was loaded; on the CPU when somebody first asks."""
-        return self._plan_for(self._cuda, 0 if self._cuda is not None else "auto")
+        return self._plan_for(None, "auto")  # with a device it was made when that was chosen
 
     def _plan_for(self, device: CudaDevice | None, gpu_layers: GpuLayers) -> Plan:
         config = self._opened.config

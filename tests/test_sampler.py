@@ -472,7 +472,22 @@ def test_a_bias_beyond_the_vocabulary() -> None:
 def test_huge_numbers_stay_in_order() -> None:
     assert sample([3e38, 1.0], temperature=1.0, logit_bias={0: 3e38}).token == 0
     assert sample([-3e38, 3e38], temperature=1e-300, seed=3).token == 1
-    assert sample([1.0, 2.0], [1], temperature=0, repetition_penalty=1e-300).token == 1
+    assert sample([1.0, 2.0], [1], temperature=0, repetition_penalty=1e-30).token == 1
+
+
+def test_the_largest_numbers_that_are_taken() -> None:
+    """Logits further apart than a float tells at any temperature with a nucleus; penalties whose sum is beyond one."""
+    far = [3.4e38, -3.4e38, 3.4e38, 0.0]
+    assert {sample(far, temperature=1e30, top_p=0.9, seed=seed).token for seed in range(40)} == {0, 2}
+    flat = {sample([5.0, -5.0, 1e20], temperature=1e30, top_p=0.999, seed=seed).token for seed in range(60)}
+    assert flat == {0, 1, 2}
+    history = [0, 0, 1, 2, 2]
+    for sign in (1.0, -1.0):
+        penalties = {"repetition_penalty": 1e30, "presence_penalty": sign * 1e30, "frequency_penalty": -sign * 1e30}
+        found = sample([-3e38, 3e38, 1.0, 7.0], history, 0, temperature=1.0, top_p=0.9, logprobs=1, **penalties)
+        assert math.isfinite(found.logprob)
+    banned = {"logit_bias": {1: -math.inf}, "presence_penalty": -1e30}
+    assert sample([1.0, 9.0, 2.0], history, 0, temperature=0, **banned).token == 0
 
 
 @pytest.mark.parametrize(
@@ -481,6 +496,10 @@ def test_huge_numbers_stay_in_order() -> None:
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": 1.1e30}, "temperature is 1.1e.30, expected a number in 0…1e30"),
+        ({"repetition_penalty": 1e31}, "repetition_penalty is 1e.31"),
+        ({"repetition_penalty": 1e-31}, "repetition_penalty is 1e-31"),
+        ({"presence_penalty": -1e31}, "presence_penalty is -1e.31"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),

@@ -222,6 +222,7 @@ def test_weights_of_another_type() -> None:
         ({"vocab_size": "many"}, "config: vocab_size is 'many', expected an integer"),
         ({"dim": 96.5}, "config: dim is 96.5, expected an integer"),
         ({"n_heads": None}, "config: n_heads is None"),
+        ({"vocab_size": 2**20}, "config: vocab_size is 1048576, expected at most 1048575"),
         ({"n_kv_heads": 4}, "config: n_heads is 6, expected a multiple of n_kv_heads, 4"),
         ({"head_dim": 15}, "config: head_dim is 15, expected an even number"),
         ({"n_heads": 6 * 2**20, "head_dim": 2**20}, "config: n_heads . head_dim is "),

@@ -23,15 +23,26 @@ void DevicePages::give_back(int page) noexcept { free_.push_back(page); }
 
 void DevicePages::copy(int from, int to) { stream_.copy_on_device(address(to), address(from), page_bytes_); }
 
+// Room for n pages, or for as many as half of that and half again where there is less.
+Memory DevicePages::allocate_slab(size_t& n) const {
+  for (;; n /= 2) {
+    try {
+      return Memory(n * page_bytes_, "key/value pages");
+    } catch (const Error& error) {
+      if (error.kind != kPyllamaCudaOutOfMemory || n == 1) throw;
+    }
+  }
+}
+
 // Lower ids are taken first.
 void DevicePages::add_slab() {
   const size_t have = pages_.size(), most = std::max<size_t>(1, kSlabBytes / page_bytes_);
-  const size_t n = std::clamp<size_t>(have, 1, most);
+  size_t n = std::clamp<size_t>(have, 1, most);
   slabs_.reserve(slabs_.size() + 1);
   pages_.reserve(have + n);
   free_.reserve(have + n);  // give_back cannot fail then
   stream_.make_current();
-  Memory slab(n * page_bytes_, "key/value pages");
+  Memory slab = allocate_slab(n);
   stream_.fill(slab.data(), 0, slab.bytes());
   for (size_t i = 0; i < n; i++) {
     pages_.push_back(slab.as<uint8_t>() + i * page_bytes_);

@@ -1,6 +1,7 @@
 // Memory of the key/value pages on the device: pages cut from slabs, each as large as all before it together, up to a
-// limit. What was allocated stays until the model is closed. A page's bytes are zeros before it is first used, so what
-// it holds is finite at all times, as cache.h demands. Who holds which page is model/sequence.h's business.
+// limit, or half of that, and half again, where the device has no more. What was allocated stays until the model is
+// closed. A page's bytes are zeros before it is first used, so what it holds is finite at all times, as cache.h
+// demands. Who holds which page is model/sequence.h's business.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +25,7 @@ class DevicePages {
 
  private:
   void add_slab();
+  Memory allocate_slab(size_t& n) const;
 
   Stream& stream_;
   const size_t page_bytes_;

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "error.h"
+#include "vocab.h"
 
 namespace pyllama {
 namespace {
@@ -87,6 +88,7 @@ void check_config(const Config& c) {
   for (const auto& [name, value] : counts) check_count(name, value);
   check(c.n_heads % c.n_kv_heads == 0, "config: n_heads is ", c.n_heads, ", expected a multiple of n_kv_heads, ",
         c.n_kv_heads);
+  check(c.vocab_size <= kMaxVocab, "config: vocab_size is ", c.vocab_size, ", expected at most ", kMaxVocab);
   check(c.head_dim % 2 == 0, "config: head_dim is ", c.head_dim, ", expected an even number");
   check(int64_t{c.n_heads} * c.head_dim <= (1 << 26), "config: n_heads * head_dim is ", int64_t{c.n_heads} * c.head_dim,
         ", expected at most ", 1 << 26);

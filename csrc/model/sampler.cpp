@@ -39,6 +39,10 @@ float key_logit(uint64_t key) {
   return logit;
 }
 
+// Of temperature and penalties, beyond what anybody means: logits that lie further apart than a float tells have no
+// weight beside each other at any temperature, and penalties stay finite in double.
+constexpr double kLargestOption = 1e30;
+
 constexpr double kNoWeight = 32;  // e^-32 < 2^-45: a weight that rounds to 0
 
 __extension__ using Wide = unsigned __int128;
@@ -76,15 +80,16 @@ void check_sampler(const SamplerParams& p) {
   const auto demand = [](bool ok, const char* name, double value, const char* expected) {
     check<std::invalid_argument>(ok, name, " is ", value, ", expected ", expected);
   };
-  demand(std::isfinite(p.temperature) && p.temperature >= 0, "temperature", p.temperature,
-         "a finite number, 0 or more");
+  demand(p.temperature >= 0 && p.temperature <= kLargestOption, "temperature", p.temperature, "a number in 0…1e30");
   demand(p.top_k >= 0, "top_k", p.top_k, "0 (off) or more");
   demand(p.top_p > 0 && p.top_p <= 1, "top_p", p.top_p, "a number above 0, at most 1");
   demand(p.min_p >= 0 && p.min_p <= 1, "min_p", p.min_p, "a number in 0…1");
-  demand(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0, "repetition_penalty", p.repetition_penalty,
-         "a finite number above 0");
-  demand(std::isfinite(p.presence_penalty), "presence_penalty", p.presence_penalty, "a finite number");
-  demand(std::isfinite(p.frequency_penalty), "frequency_penalty", p.frequency_penalty, "a finite number");
+  demand(p.repetition_penalty >= 1 / kLargestOption && p.repetition_penalty <= kLargestOption, "repetition_penalty",
+         p.repetition_penalty, "a number in 1e-30…1e30");
+  demand(std::abs(p.presence_penalty) <= kLargestOption, "presence_penalty", p.presence_penalty,
+         "a number in -1e30…1e30");
+  demand(std::abs(p.frequency_penalty) <= kLargestOption, "frequency_penalty", p.frequency_penalty,
+         "a number in -1e30…1e30");
   demand(p.logprobs >= -1, "logprobs", p.logprobs, "-1 (off) or more");
   for (const auto& [id, bias] : p.logit_bias) {
     check<std::invalid_argument>(id >= 0 && (std::isfinite(bias) || bias == kBanned), "logit_bias of token ", id,
@@ -147,10 +152,12 @@ void Sampler::penalize(const SamplerParams& params, const SamplerInput& in) {
     float& logit = adjusted_[static_cast<size_t>(id)];
     const int in_reply = counts_[static_cast<size_t>(id)] - 1;
     counts_[static_cast<size_t>(id)] = 0;
+    if (logit == kBanned) continue;
     double x = logit;
     x = x > 0 ? x / params.repetition_penalty : x * params.repetition_penalty;
     if (in_reply > 0) x -= params.presence_penalty + params.frequency_penalty * in_reply;
-    logit = static_cast<float>(std::min<double>(x, std::numeric_limits<float>::max()));
+    constexpr double kLargest = std::numeric_limits<float>::max();
+    logit = static_cast<float>(std::clamp(x, -kLargest, kLargest));
   }
 }
 

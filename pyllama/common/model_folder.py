@@ -28,6 +28,7 @@ ARCHITECTURES = ("llama",)
 NO_CHECKSUM = "0" * 64  # stands in the header until the payload is written
 
 _MAX_LAYERS = 10_000
+MAX_VOCAB = (1 << 20) - 1  # the engine's own limit: sums of so many weights of tokens fit 64 bits
 _MAX_SIDE = 1 << 26  # the engine's own limit: far beyond any model, and products of two fit 64 bits
 _SIZES = ("dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len")
 
@@ -144,7 +145,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     if config.get("architecture") not in ARCHITECTURES:
         fail("architecture", " or ".join(ARCHITECTURES))
     for key in (*_SIZES, "n_layers"):
-        largest = _MAX_LAYERS if key == "n_layers" else _MAX_SIDE
+        largest = {"n_layers": _MAX_LAYERS, "vocab_size": MAX_VOCAB}.get(key, _MAX_SIDE)
         if type(config.get(key)) is not int or not 0 < config[key] <= largest:
             fail(key, f"an integer of 1 to {largest}")
     if config["n_heads"] % config["n_kv_heads"]:

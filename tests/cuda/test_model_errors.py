@@ -95,6 +95,28 @@ def test_too_little_memory_for_pages(device: Emulated) -> None:
     model.step([(second, tokens, None, "none")])
 
 
+def test_pages_are_asked_for_in_smaller_pieces_where_memory_is_short(device: Emulated) -> None:
+    """A slab is as large as all before it: eight pages where four are there. Room for three gives two, and one."""
+    small = small_model(SMALL, Kind("q4", 32))
+    model = small.model(device="cuda", max_batch_tok=64)
+    tokens = random_tokens(small, 64)
+    first, second = model.sequence(), model.sequence()
+    for _ in range(4):
+        model.step([(first, tokens, None, "none")])
+    device.call("leave_memory", 3 * model.page_bytes + 1000)
+    for _ in range(3):
+        model.step([(second, tokens, None, "none")])
+    with pytest.raises(MemoryError, match="for key/value pages"):
+        model.step([(second, tokens, None, "none")])
+    assert model.pages_in_use == 7
+
+
+def test_steps_larger_than_a_grid(device: Emulated) -> None:
+    small = small_model(SMALL, Kind("q4", 32))
+    with pytest.raises(DeviceError, match="max_batch_tok is 65536, the CUDA kernels take 65535 at most"):
+        small.model(device="cuda", max_batch_tok=65536)
+
+
 def test_devices_that_are_not_there(device: Emulated) -> None:
     small = small_model(SMALL, Kind("q4", 32))
     with pytest.raises(DeviceError, match="there is no device 3: the driver counts 1, from 0"):
