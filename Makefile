@@ -27,7 +27,7 @@ EMULATED_TESTS = tests/test_kernels.py tests/test_sampler.py tests/test_weights.
   $(ENGINE)::test_quantized_logits_of_every_shape $(ENGINE)::test_a_long_text $(ENGINE)::test_prefill_equals_step_by_step
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test test-oracles test-qemu test-arm check-cuda gpu-check asan lint format bench bench-peers dist-check clean
+.PHONY: help venv dev demo test test-oracles check-tokenizers test-qemu test-arm check-cuda gpu-check asan lint format bench bench-peers dist-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,10 @@ $(VENV)/.pyllama-oracles: pyproject.toml $(VENV)/.pyllama-dev
 
 test-oracles: dev $(VENV)/.pyllama-oracles  ## live comparisons with torch, transformers and others
 	$(PY) -m pytest -o addopts="-ra --strict-markers --strict-config" tests/oracles $(PARALLEL) $(PYTEST_ARGS)
+
+check-tokenizers: dev $(VENV)/.pyllama-oracles  ## real vocabularies on 100,000 strings each, against their own libraries
+	PYLLAMA_TOKENIZER_STRINGS=100000 $(PY) -m pytest -o addopts="-ra --strict-markers --strict-config" $(PARALLEL) $(PYTEST_ARGS) \
+	  tests/oracles/test_tokenizer_reference.py tests/oracles/test_tiktoken_reference.py
 
 test-qemu: dev  ## kernels and forward pass on an emulated processor without AVX2
 	VENV=$(VENV) scripts/test_qemu.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS))
