@@ -104,6 +104,12 @@ def _fewer_tensors(paths: list[Path]) -> None:
     paths[2].write_bytes(make.gguf_bytes([make.gguf_entry(key, make.U32, value) for key, value in split], []))
 
 
+def _more_tensors(paths: list[Path]) -> None:
+    for path in paths:
+        claim = make.gguf_entry("split.tensors.count", make.I32, len(WEIGHTS))
+        path.write_bytes(path.read_bytes().replace(claim, claim[:-4] + (20).to_bytes(4, "little")))
+
+
 @pytest.mark.parametrize(
     ("defect", "message"),
     [
@@ -116,6 +122,7 @@ def _fewer_tensors(paths: list[Path]) -> None:
             r"m-00002-of-00003\.gguf: says that the model has 27 tensors, other parts say 21; it",
         ),
         (_same_tensors, r"tensor 'blk\.\d\.attn_[qkv]\.weight' is in .*gguf already"),
+        (_more_tensors, r"m-00003-of-00003\.gguf: parts 1 to 3 hold 21 tensors, more than the 20 that the model has"),
         (_fewer_tensors, r"m-00001-of-00003\.gguf: the model's 3 parts hold \d+ tensors, expected 21"),
     ],
 )

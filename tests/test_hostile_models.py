@@ -55,6 +55,10 @@ BAD_GGUF_MODELS: dict[str, tuple[dict[str, Any], str]] = {
         {"llama__attention__sliding_window_pattern": (U32, 4)},
         r"sliding_window_pattern: found 4, only 0",
     ),
+    "positions of images": (
+        {"llama__rope__dimension_sections": (ARRAY, (U32, [8, 8]))},
+        r"rope.dimension_sections: found a list of 2, only 0",
+    ),
     "not causal": ({"llama__attention__causal": (BOOL, 0)}, r"attention.causal: found False, only true"),
     "capped logits": ({"llama__final_logit_softcapping": (F32, 30.0)}, r"softcapping: found 30.0, only 0"),
     "unknown rope scaling": ({"llama__rope__scaling__type": (STRING, "su")}, r"scaling.type: found 'su'"),
@@ -111,6 +115,7 @@ def test_vocabulary_of_an_unknown_kind(tmp_path: Path) -> None:
             r"found the tensors rope_factors_long.w",
         ),
         (GgufTensor("blk.0.ffn_up.bias", (32,), 0, b"\1" * 128), r"blk.0.ffn_up.bias is not zero"),
+        (GgufTensor("blk.0.ffn_up.bias", (8, 2, 2), 0, bytes(128)), r"ffn_up.bias has shape \[2, 2, 8\], expected one"),
         (GgufTensor("rope_freqs.weight", (7,), 0, bytes(28)), r"rope_freqs.weight is F32 \[7\], expected F32 \[8\]"),
         (GgufTensor("rope_freqs.weight", (8,), 0, bytes(32)), r"rope_freqs.weight holds factors that are not finite"),
         (GgufTensor("blk.0.attn_q.bias", (32,), 0, bytes(128)), r"blk.0.attn_k.bias \(layers.0.bk\) is missing"),

@@ -92,8 +92,10 @@ def _tidied(metadata: dict[str, Any], family: Family, where: str) -> dict[str, A
 def _refuse_others(fields: Fields, family: Family) -> None:
     """Refuses what shares an architecture's name but computes something else."""
     for key in (f"{family.architecture}.{other}" for other in _OTHERS):
-        if fields.get(key):
-            fields.fail(key, f"found {shown(fields.get(key))}, only 0 is supported in this version")
+        value = fields.get(key)
+        if value:
+            found = f"a list of {len(value)}" if isinstance(value, list) else shown(value)
+            fields.fail(key, f"found {found}, only 0 is supported in this version")
     causal = f"{family.architecture}.attention.causal"
     if fields.get(causal) not in (None, True):
         fields.fail(causal, f"found {shown(fields.get(causal))}, only true is supported")

@@ -44,9 +44,16 @@ def read_gguf_parts(path: str | Path) -> GgufFile:
             f" model-00001-of-{claim.count:05}.gguf"
         )
     files: list[GgufFile] = []
+    n_tensors = 0
     for number, name in enumerate(names):
         part = opened if name == path.name else _read_part(path.with_name(name), number, claim)
         _check_part(path.with_name(name), part, number, claim)
+        n_tensors += len(part.tensors)
+        if n_tensors > claim.n_tensors:  # before the next part is read, so that many parts cannot take much memory
+            raise ModelFormatError(
+                f"{path.with_name(name)}: parts 1 to {number + 1} hold {n_tensors} tensors, more than the"
+                f" {claim.n_tensors} that the model has"
+            )
         files.append(part)
     return _together(path, files, claim)
 
