@@ -123,6 +123,17 @@ CASES = [
 ]
 
 
+# A case of each family, the one with most of what is its own.
+OF_FAMILY = {
+    "llama": "llama3.2",
+    "mistral": "window",
+    "qwen2": "yarn",
+    "qwen3": "plain",
+    "granite": "scales",
+    "phi3": "longrope long",
+}
+
+
 def of_kind(kind: str) -> list[Any]:
     return [pytest.param(case, id=case.name) for case in CASES if case.kind == kind]
 
@@ -216,6 +227,20 @@ def test_granite(tmp_path: Path, case: Case) -> None:
 @pytest.mark.parametrize("case", of_kind("phi3"))
 def test_phi3(tmp_path: Path, case: Case) -> None:
     check(case, tmp_path)
+
+
+@pytest.mark.parametrize("kind", OF_FAMILY)
+def test_pytorch_bin(tmp_path: Path, kind: str) -> None:
+    """A case of each family in pytorch_model.bin, as torch.save writes it."""
+    case = next(case for case in CASES if (case.kind, case.name) == (kind, OF_FAMILY[kind]))
+    model = random_model(case, seed=4)
+    folder = save(model, case, tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    ids = [int(token) for token in np.random.default_rng(3).integers(0, 131, N_TOK)]
+    found = ratio(our_logits(convert(folder, tmp_path / "f32", format="f32"), ids), reference_logits(model, ids))
+    print(f"{kind} {case.name} in PyTorch's file: max|Δ| / max|logit| = {found:.1e}")
+    assert found <= TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests import make_packed as pack
 from tests import make_sources as make
 
 from .helpers_transformers import kl_per_token, ratio, reference_logits, write_tokenizer
-from .test_checkpoints_hf import CASES, MEAN_KL, N_TOK, TOLERANCE, Case, our_logits, random_model
+from .test_checkpoints_hf import CASES, MEAN_KL, N_TOK, OF_FAMILY, TOLERANCE, Case, our_logits, random_model
 
 Packer = Callable[[str, pack.Matrix], pack.Tensors]
 
@@ -35,15 +35,6 @@ FORMS: dict[str, tuple[Packer, dict[str, Any], dict[str, Any]]] = {
     "gptq act-order": (pack.gptq, {"quantization_config": GPTQ | {"desc_act": True}}, ZEROS | {"act_order": True}),
     "awq": (pack.awq, {"quantization_config": AWQ}, ZEROS),
     "mlx": (pack.mlx, {"quantization": MLX, "quantization_config": MLX}, {}),
-}
-# A case of each family, the one with most of what is its own.
-OF_FAMILY = {
-    "llama": "llama3.2",
-    "mistral": "window",
-    "qwen2": "yarn",
-    "qwen3": "plain",
-    "granite": "scales",
-    "phi3": "longrope long",
 }
 
 
