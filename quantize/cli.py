@@ -25,6 +25,7 @@ from pyllama.common.formats import FORMATS, GROUPS
 from .convert import Plan, check_request, make_plan, size_text, write_plan
 from .lora import merge_adapters
 from .methods import METHODS
+from .pipeline import parse_size
 from .readers import SourceTensor, open_source
 from .verify import verify
 from .writer import check_output
@@ -55,7 +56,7 @@ examples: quantize SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2          without l
           quantize Llama-3.2-1B -o mine --lora adapter         with a LoRA adapter merged
           quantize verify llama-1b-q4nl                                compares every checksum
 
-exit codes: 0 done, 1 failed (nothing is left at OUT), 2 wrong usage, 130 interrupted by Ctrl-C"""
+exit codes: 0 done, 1 failed (OUT is as it was), 2 wrong usage, 130 interrupted by Ctrl-C"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminated_politely():
             return run(arguments)
     except KeyboardInterrupt:
-        return _complain("interrupted; nothing was changed", EXIT_INTERRUPTED)
+        kept = "--resume goes on from here" if "--resume" in arguments else "nothing was changed"
+        return _complain(f"interrupted; {kept}", EXIT_INTERRUPTED)
     except PyllamaError as error:
         return _complain(str(error), EXIT_FAILED)
     except ValueError as error:
@@ -155,9 +157,27 @@ def _convert_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace OUT if it is a model folder; the old one stays until the new is whole",
     )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with a stopped conversion to OUT, and keep what is done if this one is stopped",
+    )
+    add(
+        "--max-memory",
+        type=_memory,
+        metavar="SIZE",
+        help="most memory that may be resident, as 4GB; less memory means smaller pieces and fewer threads",
+    )
     add("--dry-run", action="store_true", help="say what would be done and how large it would be; write nothing")
     add("--json", action="store_true", help="print the summary as one JSON object")
     return parser
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _tensor_type(text: str) -> tuple[str, str]:
@@ -190,7 +210,9 @@ def _run_convert(arguments: list[str]) -> int:
         suggestion = f"{src.stem if src.suffix == '.gguf' else src.resolve().name}-{options.format or 'pyllama'}"
         parser.error(f"say where to put the model folder, for example: -o {suggestion}")
     check_request(options.format, options.group_size, options.method, options.tensor_type)
-    out = None if options.output is None else check_output(options.output, overwrite=options.overwrite)
+    out = (
+        None if options.output is None else check_output(options.output, overwrite=options.overwrite or options.resume)
+    )
     started = time.monotonic()
     source = merge_adapters(open_source(options.src), options.lora)
     plan = make_plan(
@@ -205,7 +227,14 @@ def _run_convert(arguments: list[str]) -> int:
         _print_summary(plan, None, 0.0, options.json)
         return EXIT_OK
     with _progress("converting", "weights") as report:
-        write_plan(plan, out, overwrite=options.overwrite, progress=lambda p: report(p.done, p.total, p.name))
+        write_plan(
+            plan,
+            out,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            max_memory=options.max_memory,
+            progress=lambda p: report(p.done, p.total, p.name),
+        )
     _print_summary(plan, out, time.monotonic() - started, options.json)
     return EXIT_OK
 

@@ -1,62 +1,37 @@
-"""From a checkpoint to a model folder: decides each tensor's format, then makes one payload after the other.
+"""From a checkpoint to a model folder: decides each tensor's format; pipeline.py carries the plan out.
 
 A matrix is repacked when the source has it on the wanted grid already, without loss or (GGUF's Q4_K and IQ4_XS) with
-scales rounded to f16, and quantized by the method otherwise. Big tensors go through in blocks of rows, so that memory
-holds one payload and one block. Reading sources is readers/', choosing codes methods/', putting bytes on the disk
-writer.py's affair.
+scales rounded to f16, and quantized by the method otherwise. Reading sources is readers/', choosing codes methods/'
+affair.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pyllama.common.errors import ModelFormatError, QuantizeError
+from pyllama.common.errors import QuantizeError
 from pyllama.common.formats import (
     FORMATS,
     GROUPS,
     Q4NL_CODEBOOK,
-    TILE_ROWS,
     VERSION,
-    Packed,
     TensorSpec,
-    check_finite,
-    dense,
-    pack_rows,
-    round_up,
 )
 from pyllama.common.model_folder import check_config, check_tensors
 
-from . import kernels
-from .golden import golden_files
 from .lora import merge_adapters
 from .methods import METHODS
+from .pipeline import Progress, ProgressFunction, write_plan
 from .readers import Source, SourceTensor, open_source
-from .writer import GENERATION_FILE, FolderWriter, check_output
+from .writer import check_output
 
 DEFAULT_FORMAT = "q8"  # of matrices on no grid of ours, when no format is asked for
 DEFAULT_GROUP = 32
-_BLOCK_WEIGHTS = 1 << 21  # 8 MiB of float32
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a conversion is, in weights; `name` is the tensor at work."""
-
-    done: int
-    total: int
-    name: str
-
-
-ProgressFunction = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -168,6 +143,8 @@ def convert(
     tensor_types: Sequence[tuple[str, str]] = (),
     lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
     overwrite: bool = False,
+    resume: bool = False,
+    max_memory: int | None = None,
     progress: ProgressFunction | None = None,
 ) -> Path:
     """Converts the checkpoint `src` (Hugging Face's or Meta's, or a GGUF) into a model folder `out`; returns its path.
@@ -176,14 +153,16 @@ def convert(
     group_size: 32, 64 or 128 columns per scale of what is quantized (default 32). method: how codes are chosen.
     tensor_types: (regular expression, format) pairs for canonical names; the last that is found in a name decides.
     lora: PEFT adapters to be merged, each a folder and a factor.
+    resume: goes on with a conversion to `out` that was stopped, to the same bytes, and keeps what is done if this one
+    is stopped. max_memory: bytes that may be resident, mapped files included.
     Raises ModelFormatError for a defective source, QuantizeError when the output cannot be written or the request makes
     no sense for this model, ValueError for unknown formats, groups and methods. A failure leaves nothing at `out`.
     """
     check_request(format, group_size, method, tensor_types)
-    target = check_output(out, overwrite=overwrite)
+    target = check_output(out, overwrite=overwrite or resume)
     source = merge_adapters(open_source(src), lora)
     plan = make_plan(source, format=format, group_size=group_size, method=method, tensor_types=tensor_types)
-    return write_plan(plan, target, overwrite=overwrite, progress=progress)
+    return write_plan(plan, target, overwrite=overwrite, resume=resume, max_memory=max_memory, progress=progress)
 
 
 def check_request(
@@ -273,58 +252,14 @@ def _summarize(source: Source, planned: list[Planned], method: str) -> Plan:
     )
 
 
-def write_plan(
-    plan: Plan, out: str | os.PathLike[str], *, overwrite: bool = False, progress: ProgressFunction | None = None
-) -> Path:
-    """Carries out a plan: reads, converts, writes tensor by tensor. Returns the folder; raises as `convert` does."""
-    files = plan.source.tokenizer_files()  # before the long part, as it may fail
-    if plan.source.generation_config and GENERATION_FILE not in files:
-        files[GENERATION_FILE] = (json.dumps(plan.source.generation_config, indent=2) + "\n").encode()
-    files |= golden_files(files, plan.config(), plan.source.identity["name"])
-    done, total = 0, plan.n_weights
-    specs = [item.spec for item in plan.tensors]
-    with FolderWriter(out, specs, plan.config(), files, overwrite=overwrite) as writer:
-        for item in plan.tensors:
-            payload = np.zeros(item.spec.payload_bytes, dtype=np.uint8)
-            for n_weights in _fill(item, payload, plan.method):
-                done += n_weights
-                if progress is not None:
-                    progress(Progress(done, total, item.spec.name))
-            writer.add_tensor(item.spec, payload)
-        return writer.finish()
-
-
-def _fill(item: Planned, payload: NDArray[np.uint8], method: str) -> Iterator[int]:
-    """Converts a tensor into its zeroed payload, block by block; yields the weights of each."""
-    spec = item.spec
-    if spec.is_vector:
-        pack_rows(spec, payload, _cast(spec, item.source.read()), 0)
-        yield spec.n_weights
-        return
-    n_rows, n_columns = spec.shape
-    step = round_up(max(1, _BLOCK_WEIGHTS // n_columns), TILE_ROWS)
-    for first in range(0, n_rows, step):
-        rows = slice(first, min(first + step, n_rows))
-        if item.how == "repack":
-            packed = item.source.read_packed(rows)
-            check_finite(spec, packed)
-        elif item.how == "quantize":
-            packed = METHODS[method](item.source.read(rows), spec)
-        else:
-            packed = _cast(spec, item.source.read(rows))
-        pack_rows(spec, payload, packed, first, kernels.tiles())
-        yield (rows.stop - rows.start) * n_columns
-
-
-def _cast(spec: TensorSpec, values: NDArray[np.float32]) -> Packed:
-    packed = dense(spec, values)
-    try:
-        check_finite(spec, packed)
-    except ModelFormatError:
-        if not np.isfinite(values).all():
-            raise
-        raise QuantizeError(
-            f"{spec.name}: has values up to {np.abs(values).max():.6g}, beyond {spec.format}; choose f32"
-            + (" or bf16" if spec.format == "f16" else "")
-        ) from None
-    return packed
+__all__ = [
+    "Plan",
+    "Planned",
+    "Progress",
+    "ProgressFunction",
+    "check_request",
+    "convert",
+    "make_plan",
+    "size_text",
+    "write_plan",
+]

@@ -1,11 +1,12 @@
 """The extension's loops for conversion, where it is built; numpy does the same work elsewhere, bit for bit.
 
-`EXTENSION` is pyllama._C.convert or None. What a loop computes is defined by its numpy twin: quantize/methods/rtn.py
+What a loop computes is defined by its numpy twin: quantize/methods/rtn.py
 for the searches, pyllama/common/formats.py for tiles. Nothing here decides anything.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,30 +14,33 @@ from numpy.typing import NDArray
 
 from pyllama.common.formats import NUMPY_TILES, Tiles
 
-try:
-    from pyllama import _C
-except ImportError:
-    _C = None  # type: ignore[assignment]
 
-EXTENSION: Any = getattr(_C, "convert", None)
+@cache
+def extension() -> Any:
+    """pyllama._C.convert, or None where it is not built; loaded when it is first needed."""
+    try:
+        from pyllama import _C
+    except ImportError:
+        return None
+    return getattr(_C, "convert", None)
 
 
 def widen_f16(halves: NDArray[Any]) -> NDArray[np.float32]:
     """float16 numbers as float32, exactly (of a NaN only that it is one)."""
-    if EXTENSION is None or not halves.flags.c_contiguous:
+    if extension() is None or not halves.flags.c_contiguous:
         return halves.astype(np.float32)
-    widened: NDArray[np.float32] = EXTENSION.from_f16(halves.view(np.uint16))
+    widened: NDArray[np.float32] = extension().from_f16(halves.view(np.uint16))
     return widened
 
 
 def _put_codes(tiled: NDArray[Any], codes: NDArray[Any], bits: int) -> None:
-    EXTENSION.put_codes(np.ascontiguousarray(codes).view(np.uint8), tiled.view(np.uint8), bits)
+    extension().put_codes(np.ascontiguousarray(codes).view(np.uint8), tiled.view(np.uint8), bits)
 
 
 def _put_columns(tiled: NDArray[Any], values: NDArray[Any]) -> None:
-    EXTENSION.put_columns(np.ascontiguousarray(values), tiled)
+    extension().put_columns(np.ascontiguousarray(values), tiled)
 
 
 def tiles() -> Tiles:
     """How numbers are put into tiles: the fastest way that is here."""
-    return NUMPY_TILES if EXTENSION is None else Tiles(_put_codes, _put_columns)
+    return NUMPY_TILES if extension() is None else Tiles(_put_codes, _put_columns)

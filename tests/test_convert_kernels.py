@@ -22,7 +22,7 @@ from quantize import kernels
 from quantize.methods import quantize_rtn
 from tests.test_rtn import spec_of
 
-EXTENSION = kernels.EXTENSION
+EXTENSION = kernels.extension()
 assert EXTENSION is not None, "the extension is not built, or older than the sources; run `make dev`"
 ISAS = EXTENSION.isas()
 FORMATS_MADE = [name for name, row in FORMATS.items() if row.quantized]
@@ -41,11 +41,9 @@ class Forced:
 
 @contextmanager
 def using(extension: Any) -> Iterator[None]:
-    before, kernels.EXTENSION = kernels.EXTENSION, extension
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "extension", lambda: extension)
         yield
-    finally:
-        kernels.EXTENSION = before
 
 
 def same_bits(a: Packed, b: Packed) -> None:

@@ -181,7 +181,7 @@ def test_big_tensors_go_through_in_blocks(tmp_path: Path, monkeypatch: pytest.Mo
     for format, source in sources.items():
         whole = convert(source, tmp_path / f"whole-{format}", format=format)
         with monkeypatch.context() as patch:
-            patch.setattr(import_module("quantize.convert"), "_BLOCK_WEIGHTS", 1)
+            patch.setattr(import_module("quantize.pipeline"), "_BLOCK_WEIGHTS", 1)
             steps: list[Any] = []
             blocks = convert(source, tmp_path / f"blocks-{format}", format=format, progress=steps.append)
         assert (whole / "model.safetensors").read_bytes() == (blocks / "model.safetensors").read_bytes()

@@ -14,7 +14,8 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -36,6 +37,20 @@ def shown(text: object, limit: int = 80) -> str:
     return quoted if len(quoted) <= limit else quoted[:limit] + "…"
 
 
+_recorder: ContextVar[list[BoundedFile] | None] = ContextVar("_recorder", default=None)
+
+
+@contextlib.contextmanager
+def recorded_files() -> Iterator[list[BoundedFile]]:
+    """Collects every file that is opened inside, so that somebody can look later whether it has changed."""
+    opened: list[BoundedFile] = []
+    token = _recorder.set(opened)
+    try:
+        yield opened
+    finally:
+        _recorder.reset(token)
+
+
 class BoundedFile:
     """A regular file, opened once; reads and maps are checked against the size it had when it was opened.
 
@@ -45,6 +60,7 @@ class BoundedFile:
     def __init__(self, path: str | os.PathLike[str], *, use_mmap: bool = True) -> None:
         self._fd = -1
         self._map: Bytes | None = None
+        self._pages: mmap.mmap | None = None
         self.path = Path(path)
         self.use_mmap = use_mmap
         # Non-blocking, because opening a FIFO would otherwise wait for its writer before fstat can refuse it.
@@ -60,6 +76,10 @@ class BoundedFile:
             raise ModelFormatError(f"{self.path}: {_kind_of(status.st_mode)}, expected a regular file")
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
+        self._place = (status.st_dev, status.st_ino)
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder.append(self)
 
     def close(self) -> None:
         """Closes the descriptor; arrays that were mapped stay valid."""
@@ -129,6 +149,24 @@ class BoundedFile:
         """The descriptor and the map of the whole file, if something was mapped and neither is closed."""
         return None if self._map is None or self._fd < 0 else (self._fd, self._map)
 
+    def release(self) -> None:
+        """Lets go of the mapped pages that are in memory; they are read again when somebody looks at them."""
+        if self._pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            with contextlib.suppress(OSError):
+                self._pages.madvise(mmap.MADV_DONTNEED)
+
+    def change(self) -> str:
+        """What has happened to the file at this path since it was opened, in words; "" if nothing."""
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            return f"cannot be looked at any more ({error.strerror})"
+        if status.st_size != self.size:
+            return f"changed its size from {self.size} to {status.st_size} bytes"
+        if (status.st_dev, status.st_ino) != self._place:
+            return "was replaced by another file"
+        return "was written to" if status.st_mtime_ns != self.mtime_ns else ""
+
     def _whole(self) -> Bytes:
         if self._map is None:
             try:
@@ -138,7 +176,7 @@ class BoundedFile:
             if hasattr(mmap, "MADV_HUGEPAGE"):  # where the file system can: fewer misses of the address translation
                 with contextlib.suppress(OSError):
                     mapped.madvise(mmap.MADV_HUGEPAGE)
-            self._map = np.frombuffer(mapped, np.uint8)
+            self._map, self._pages = np.frombuffer(mapped, np.uint8), mapped
         return self._map
 
 

@@ -54,7 +54,7 @@ def quantize_rtn(
     if weights.ndim != 2 or weights.dtype != np.float32:
         raise ValueError(f"weights {weights.dtype} {list(weights.shape)}, expected float32 [N, K]")
     method = _Method(format, codebook)
-    extension = kernels.EXTENSION if weights.size and weights.flags.c_contiguous else None
+    extension = kernels.extension() if weights.size and weights.flags.c_contiguous else None
     if extension is not None and extension.largest(weights) <= method.largest:  # else the way below says what is wrong
         return method.by_extension(weights, group)
     n_rows, n_columns = weights.shape
@@ -104,12 +104,12 @@ class _Method:
     def by_extension(self, weights: Floats, group: int) -> Packed:
         """The same for a whole matrix [N, K] whose weights are in range."""
         if self.format == "q4a":
-            found = kernels.EXTENSION.search_affine(weights, group, _AFFINE_TRIALS)
+            found = kernels.extension().search_affine(weights, group, _AFFINE_TRIALS)
             return Packed(found[0], found[1].view(np.float16), found[2].view(np.float16))
         grid = self.grid
         tables = (grid.level_of_half, grid.code_of_half) if isinstance(grid, _Codebook) else ()
         levels, bias = (grid.low, grid.high), getattr(grid, "bias", 0)
-        codes, scales = kernels.EXTENSION.search_scale(weights, group, levels, bias, self.places, *tables)
+        codes, scales = kernels.extension().search_scale(weights, group, levels, bias, self.places, *tables)
         return Packed(codes.view(np.int8) if self.format == "q8" else codes, scales.view(np.float16))
 
 

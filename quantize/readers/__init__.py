@@ -7,10 +7,11 @@ tensor at a time. Nothing is converted or written here.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.reader import BoundedFile, shown
+from pyllama.common.reader import BoundedFile, recorded_files, shown
 
 from .gguf_split import part_names
 from .source import Source, SourceTensor
@@ -27,7 +28,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     path = Path(path)
     if not os.path.lexists(path):  # also a path with a NUL in it
         raise ModelFormatError(f"{path}: does not exist; expected a .gguf file or a Hugging Face folder")
-    return _open_folder(path) if path.is_dir() else _open_file(path)
+    with recorded_files() as files:
+        source = _open_folder(path) if path.is_dir() else _open_file(path)
+    return replace(source, files=tuple(files))
 
 
 def _open_file(path: Path) -> Source:

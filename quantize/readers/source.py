@@ -461,6 +461,7 @@ class Source:
     identity: dict[str, Any]
     _tokenizer_files: Callable[[], dict[str, bytes]] = field(repr=False)
     architecture: str = ""
+    files: tuple[BoundedFile, ...] = field(default=(), repr=False)  # all that were opened
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files of the tokenizer, by name, to be written beside the model. Raises ModelFormatError."""
