@@ -331,6 +331,8 @@ def test_shards_of_meta_that_are_wrong(tmp_path: Path) -> None:
     )
     more = [meta_shards(SHAPE, WEIGHTS)[0] | {"vision.weight": np.ones((2, 2), np.float32)}]
     refused(open_source, made("vision", more), r"tensor 'vision.weight' does not belong")
+    flat = [meta_shards(SHAPE, WEIGHTS)[0] | {"output.weight": np.ones(4, np.float32)}]
+    refused(open_source, made("flat", flat), r"00.pth: tensor 'output.weight' has shape \[4\], expected a matrix")
     folder = made("no-params", meta_shards(SHAPE, WEIGHTS))
     (folder / "params.json").unlink()
     refused(open_source, folder, r"params.json: is missing; Meta's consolidated.NN.pth need it")

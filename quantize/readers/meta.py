@@ -54,7 +54,7 @@ def open_meta(folder: Path) -> Source:
         raise ModelFormatError(f"{params_path}: is missing; Meta's consolidated.NN.pth need it")
     paths = _shard_paths(folder)
     params = read_json(params_path)
-    shards = [read_torch(path) for path in paths]
+    shards = [_read_shard(path) for path in paths]
     _check_numbers(paths, shards, params, str(params_path))
     stored = _join(paths, shards, params)
     tied = _is_tied(stored, bool(params.get("use_scaled_rope")))
@@ -82,6 +82,14 @@ def _shard_paths(folder: Path) -> list[Path]:
             missing = folder / f"consolidated.{expected:02d}.pth"
             raise ModelFormatError(f"{missing}: is missing, though consolidated.{number:02d}.pth is there")
     return [folder / f"consolidated.{number:02d}.pth" for number in numbers]
+
+
+def _read_shard(path: Path) -> dict[str, Rows]:
+    shard = read_torch(path)
+    for name, rows in shard.items():
+        if (name in (EMBEDDING, HEAD) or _MATRIX.fullmatch(name)) and len(rows.shape) != 2:
+            raise ModelFormatError(f"{path}: tensor {shown(name)} has shape {list(rows.shape)}, expected a matrix")
+    return shard
 
 
 def _check_numbers(paths: Sequence[Path], shards: Sequence[Mapping[str, Rows]], params: Any, where: str) -> None:
