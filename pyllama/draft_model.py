@@ -31,7 +31,7 @@ _SECOND_CHANCE = 0.5  # after a rest, and one try decides
 _MEMORY_TOK = 24.0
 _FIRST_REST, _LONGEST_REST = 16, 256  # steps without a guess after guesses were not worth their price
 _DEVICE_SPEED = 20.0  # a CUDA device reads its memory about so many times as fast as a CPU
-_MOST_CONTEXTS = 4  # of keys and values, for running requests and finished ones together
+MOST_CONTEXTS = 4  # of keys and values, for running requests and finished ones together
 
 
 @dataclass
@@ -109,7 +109,7 @@ class DraftModel:
         self._model = model
         self._n_ctx = n_ctx
         self._cache = PrefixCache(model, min(cache_tok, n_ctx))
-        self._most_pages = _MOST_CONTEXTS * -(-n_ctx // model.PAGE_TOK)
+        self._most_pages = MOST_CONTEXTS * -(-n_ctx // model.PAGE_TOK)
         self._price = price
         self._costs = costs
         self._warned = False

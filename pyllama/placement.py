@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import sizes
 from .common.errors import DeviceError
 from .cuda import CudaDevice, check_device, choose_device, free_bytes, measure_bandwidth
+from .draft_model import MOST_CONTEXTS
 from .memory import available_bytes
 from .plan import GpuLayers, Plan, Planner, check_gpu_layers, make_plan
 
@@ -27,23 +28,35 @@ def check_placement(device: str, gpu_layers: GpuLayers) -> None:
 
 
 class Placement:
-    """The decision. `gpu_layers` of `n_layers` run on `device`, "cpu" if that is none.
+    """The decision. `gpu_layers` of `n_layers` run on `device`, "cpu" if that is none. There is to be room for `n_seqs`
+    contexts of `n_ctx` tokens and for steps of `max_batch_tok`.
 
     Raises DeviceError where CUDA is asked for and cannot be had, or not for so many layers; ValueError for bad
     arguments.
     """
 
     def __init__(
-        self, opened: OpenedModel, n_ctx: int, kv_dtype: str, device: str = "cpu", gpu_layers: GpuLayers = "auto"
+        self,
+        opened: OpenedModel,
+        n_ctx: int,
+        kv_dtype: str,
+        device: str = "cpu",
+        gpu_layers: GpuLayers = "auto",
+        *,
+        n_seqs: int = 1,
+        max_batch_tok: int = sizes.MAX_BATCH_TOK,
     ) -> None:
         check_placement(device, gpu_layers)
         self._opened, self._n_ctx, self._kv_dtype = opened, n_ctx, kv_dtype
+        self._n_seqs, self._max_batch_tok = n_seqs, max_batch_tok
         self.n_layers = int(opened.config["n_layers"])
         check_gpu_layers(gpu_layers, self.n_layers)
         self._cuda, self._note = choose_device(device, opened.config | {"max_seq_len": n_ctx})
         self.gpu_layers = 0
         if self._cuda is None and gpu_layers not in ("auto", 0):
             raise DeviceError(f'gpu_layers={gpu_layers!r}: {self._note}; gpu_layers goes with device="cuda"')
+        if gpu_layers == 0:
+            self._cuda = None
         if self._cuda is not None:
             plan = self._plan_for(self._cuda, gpu_layers)
             if device == "auto" and gpu_layers == "auto" and not plan.gpu_layers:
@@ -53,7 +66,7 @@ class Placement:
                 plan.require(gpu_layers)
                 self.gpu_layers = plan.gpu_layers
                 self.__dict__["plan"] = plan
-        self.device = self._cuda.label if self._cuda is not None and self.gpu_layers else "cpu"
+        self.device = self._cuda.label if self._cuda is not None else "cpu"
 
     @cached_property
     def plan(self) -> Plan:
@@ -63,7 +76,14 @@ class Placement:
     def _plan_for(self, device: CudaDevice | None, gpu_layers: GpuLayers) -> Plan:
         config = self._opened.config
         name = (config.get("source") or {}).get("name") or self._opened.path.name
-        planner = Planner(config, self._opened.specs, self._n_ctx, self._kv_dtype)
+        planner = Planner(
+            config,
+            self._opened.specs,
+            self._n_ctx,
+            self._kv_dtype,
+            n_seqs=self._n_seqs,
+            max_batch_tok=self._max_batch_tok,
+        )
         return make_plan(planner, name, device, gpu_layers, self._note)
 
     @property
@@ -89,7 +109,7 @@ class Placement:
         rooms: list[tuple[int | None, int]] = []
         if n_cpu:
             rooms.append((available_bytes(), n_cpu * sizes.cpu_page_bytes(config, self._kv_dtype)))
-        if self._cuda is not None and self.gpu_layers:
+        if self._cuda is not None:
             page_bytes = self.gpu_layers * sizes.device_page_bytes(config, self._kv_dtype)
             rooms.append((free_bytes(self._cuda.index), page_bytes))
         return rooms
@@ -99,20 +119,21 @@ class Placement:
         return None if self._cuda is None else measure_bandwidth(self._cuda)
 
     def device_for_draft(self, draft: OpenedModel) -> str:
-        """Where a draft model runs, for `_C.Model`: on the device, if all of it fits beside this model, which is there
-        already, and its cache, which is to come; else "", the CPU."""
-        if self._cuda is None or not self.gpu_layers or sizes.unsupported_on_device(draft.config):
+        """Where a draft model runs, for `_C.Model`: on the device, if all of it, with every context that it may keep,
+        fits beside this model, which is there already, and its cache, which is to come; else "", the CPU."""
+        if self._cuda is None or sizes.unsupported_on_device(draft.config):
             return ""
         own = self.plan.on_device
         assert own is not None
-        guide = Planner(draft.config, draft.specs, min(self._n_ctx, int(draft.config["max_seq_len"])))
+        n_ctx = min(self._n_ctx, int(draft.config["max_seq_len"]))
+        guide = Planner(draft.config, draft.specs, n_ctx, n_seqs=MOST_CONTEXTS)
         left = free_bytes(self._cuda.index) - own.cache
         return self.device if guide.on_device(guide.n_layers, spare=own.spare).total <= left else ""
 
     def describe(self, threads: int, isa: str) -> str:
         """For people: what computes."""
         cpu = f"{threads} {'thread' if threads == 1 else 'threads'} · {isa}"
-        if self._cuda is None or not self.gpu_layers:
+        if self._cuda is None:
             return cpu
         device = f"{self.device} {self._cuda.name}"
         if self.gpu_layers == self.n_layers:

@@ -47,13 +47,14 @@ class Plan:
     """Where a model's layers go and what they take, in bytes. `device`: "cpu" or "cuda:N".
 
     `layer_bytes`: each layer's weights on the device, the first layer first. `most_gpu_layers`: how many fit there
-    with a context of `n_ctx` tokens, None where it is not known what is free. `n_ctx_of_all`: the longest context with
-    which all layers would fit; 0 where none is that short.
+    with `n_seqs` contexts of `n_ctx` tokens, None where it is not known what is free. `n_ctx_of_all`: the longest
+    context with which all layers would fit; 0 where none is that short.
     """
 
     model: str
     n_layers: int
     n_ctx: int
+    n_seqs: int
     kv_dtype: str
     device: str
     device_name: str | None
@@ -74,6 +75,11 @@ class Plan:
     def fits(self) -> bool:
         """False when the device is known to have less than what is wanted."""
         return self.most_gpu_layers is None or self.gpu_layers <= self.most_gpu_layers
+
+    @property
+    def contexts(self) -> str:
+        """In words: what the cache has room for."""
+        return f"{'a context' if self.n_seqs == 1 else f'{self.n_seqs} contexts'} of {self.n_ctx} tokens"
 
     @property
     def depths(self) -> list[int]:
@@ -98,7 +104,7 @@ class Plan:
         wanted, free = self.on_device.total, self.device_free or 0
         wanted_of = f"{self.gpu_layers} of {self.n_layers} layers want" if self.gpu_layers else "a single layer wants"
         raise DeviceError(
-            f"gpu_layers={wish!r}: {wanted_of} {_gib(wanted)} of {self.device} with a context of {self.n_ctx} tokens, "
+            f"gpu_layers={wish!r}: {wanted_of} {_gib(wanted)} of {self.device} with {self.contexts}, "
             f"{_gib(free)} are free; {self.advice()}"
         )
 
@@ -114,10 +120,17 @@ class Plan:
 
 
 class Planner:
-    """Counts for one model and one kind of cache."""
+    """Counts for one model and one kind of cache: `n_seqs` contexts of `n_ctx` tokens, steps of `max_batch_tok`."""
 
     def __init__(
-        self, config: Mapping[str, Any], specs: Iterable[TensorSpec], n_ctx: int | None = None, kv_dtype: str = "f16"
+        self,
+        config: Mapping[str, Any],
+        specs: Iterable[TensorSpec],
+        n_ctx: int | None = None,
+        kv_dtype: str = "f16",
+        *,
+        n_seqs: int = 1,
+        max_batch_tok: int = sizes.MAX_BATCH_TOK,
     ) -> None:
         longest = int(config["max_seq_len"])
         if n_ctx is not None and not 0 < n_ctx <= longest:
@@ -126,16 +139,17 @@ class Planner:
         self.tensors = {spec.name: spec for spec in specs}
         self.n_ctx = n_ctx or longest
         self.kv_dtype = kv_dtype
+        self.n_seqs = n_seqs
+        self.max_batch_tok = max_batch_tok
         self.n_layers = int(config["n_layers"])
         self.layer_bytes = [sizes.device_layer_bytes(config, self.tensors, i) for i in range(self.n_layers)]
 
     def on_device(self, gpu_layers: int, n_ctx: int | None = None, spare: int = SPARE_BYTES) -> Share:
-        """The share of a device that has the last `gpu_layers` layers and the head, of a context of n_ctx tokens."""
+        """The share of a device that has the last `gpu_layers` layers and the head, of contexts of n_ctx tokens."""
         layers = range(self.n_layers - gpu_layers, self.n_layers)
         whole = gpu_layers == self.n_layers
         own_embedding = whole and not self.config["tied_embeddings"]
-        pages = -(-(n_ctx or self.n_ctx) // sizes.PAGE_TOK)
-        cache = gpu_layers * pages * sizes.device_page_bytes(self.config, self.kv_dtype)
+        cache = gpu_layers * self._pages(n_ctx or self.n_ctx) * sizes.device_page_bytes(self.config, self.kv_dtype)
         staging = sizes.device_staging_bytes(self.config, self.tensors, layers, embedding=whole)
         return Share(
             n_layers=gpu_layers,
@@ -143,7 +157,7 @@ class Planner:
             embedding=sizes.device_embedding_bytes(self.tensors) if own_embedding else 0,
             head=sizes.device_head_bytes(self.config, self.tensors),
             cache=cache,
-            buffers=sizes.device_buffer_bytes(self.config, self.tensors, layers),
+            buffers=sizes.device_buffer_bytes(self.config, self.tensors, layers, self.max_batch_tok),
             upload=max(0, staging - cache),
             spare=spare,
         )
@@ -154,7 +168,6 @@ class Planner:
         n_layers = self.n_layers - gpu_layers
         if not n_layers:
             return Share(0, 0, 0, 0, 0, 0)
-        pages = -(-self.n_ctx // sizes.PAGE_TOK)
         own_head = gpu_layers == 0 and not self.config["tied_embeddings"]
         return Share(
             n_layers=n_layers,
@@ -162,9 +175,12 @@ class Planner:
             embedding=self.tensors["tok_embeddings"].payload_bytes,
             head=(self.tensors["output"].payload_bytes if own_head else 0)
             + (self.tensors["norm"].payload_bytes if gpu_layers == 0 else 0),
-            cache=n_layers * pages * sizes.cpu_page_bytes(self.config, self.kv_dtype),
-            buffers=sizes.cpu_buffer_bytes(self.config),
+            cache=n_layers * self._pages(self.n_ctx) * sizes.cpu_page_bytes(self.config, self.kv_dtype),
+            buffers=sizes.cpu_buffer_bytes(self.config, self.max_batch_tok),
         )
+
+    def _pages(self, n_ctx: int) -> int:
+        return self.n_seqs * -(-n_ctx // sizes.PAGE_TOK)
 
     def most_layers(self, free: int, n_ctx: int | None = None, spare: int = SPARE_BYTES) -> int:
         """How many layers fit a device with so many bytes free; 0 also where not even the head does."""
@@ -175,7 +191,7 @@ class Planner:
 
     def longest_context_of_all(self, free: int, spare: int = SPARE_BYTES) -> int:
         """The longest context, in whole pages, with which all layers fit; 0 for none."""
-        page = self.n_layers * sizes.device_page_bytes(self.config, self.kv_dtype)
+        page = self.n_seqs * self.n_layers * sizes.device_page_bytes(self.config, self.kv_dtype)
         one = self.on_device(self.n_layers, 1, spare)
         room = free - (one.total - one.cache - one.upload)
         pages = room // page if self.on_device(self.n_layers, 1, spare).total <= free else 0
@@ -189,8 +205,13 @@ def _layer_of(name: str, otherwise: int) -> int:
 def make_plan(
     planner: Planner, model: str, device: CudaDevice | None, gpu_layers: GpuLayers = "auto", note: str | None = None
 ) -> Plan:
-    """The plan for a device, or for the CPU alone. `note`: why there is none, say. ValueError for bad `gpu_layers`."""
+    """The plan for a device, or for the CPU alone. `note`: why there is none, say. ValueError for bad `gpu_layers`.
+
+    No layers at all are asked of no device: the plan is the CPU's.
+    """
     check_gpu_layers(gpu_layers, planner.n_layers)
+    if gpu_layers == 0:
+        device = None
     spare = 0 if device is not None and device.emulated else SPARE_BYTES
     free = device.free_bytes if device is not None else None
     most = planner.most_layers(free, spare=spare) if free is not None else None
@@ -208,6 +229,7 @@ def make_plan(
         model=model,
         n_layers=planner.n_layers,
         n_ctx=planner.n_ctx,
+        n_seqs=planner.n_seqs,
         kv_dtype=planner.kv_dtype,
         device=device.label if device is not None else "cpu",
         device_name=device.name if device is not None else None,

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu-check"
@@ -68,8 +69,52 @@ class Outcome:
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def run_job(job: Job, deadline: float, not_built: set[str]) -> Outcome:
+class Processes:
+    """Those that jobs have started and that may still run. Each leads a session: Ctrl-C in a terminal does not reach
+    it, so whoever ends the check must stop it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def start(self, command: Sequence[str], environment: dict[str, str], out: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Raises OSError, also once everything was stopped."""
+        with self._lock:
+            if self._stopped:
+                raise InterruptedError("the check was ended")
+            process = subprocess.Popen(
+                list(command),
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+            self._running.add(process)
+            return process
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """With what it has left behind."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with self._lock:
+            self._running.discard(process)
+
+    def stop(self) -> None:
+        """All of them, now, and none is started any more."""
+        with self._lock:
+            self._stopped = True
+            running = list(self._running)
+        for process in running:
+            self.end(process)
+
+
+def run_job(job: Job, deadline: float, not_built: set[str], processes: Processes | None = None) -> Outcome:
     """Never raises. Ends with the job's processes gone."""
+    processes = processes or Processes()
     missing = [name for name in job.needs if name in not_built]
     if missing:
         return Outcome(job, "not run", 0, f"{', '.join(missing)}: not built")
@@ -85,25 +130,15 @@ def run_job(job: Job, deadline: float, not_built: set[str]) -> Outcome:
     late = False
     with open(log, "wb") as out:
         try:
-            process = subprocess.Popen(
-                list(job.command),
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+            process = processes.start(job.command, environment, out)
         except OSError as error:
             return Outcome(job, "failed", 0, str(error))
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             late, code = True, -1
-        finally:  # also what it has left behind
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        finally:
+            processes.end(process)
     seconds = time.monotonic() - start
     output = log.read_text(errors="replace")
     passed = sum(int(n) for n in re.findall(r"(\d+) passed", "\n".join(output.splitlines()[-3:])))
@@ -133,18 +168,23 @@ def reason(output: str, code: int) -> str:
 def run_stage(
     jobs: Sequence[Job], workers: int, deadline: float, not_built: set[str], tell: Callable[[str], None]
 ) -> list[Outcome]:
-    """All jobs, `workers` at once; tells of each as it ends that is more than one of many tests."""
-    lock = threading.Lock()
+    """All jobs, `workers` at once; tells of each as it ends that is more than one of many tests. What ends it before
+    that, Ctrl-C say, ends the jobs that run, and those that wait are not begun."""
+    lock, processes = threading.Lock(), Processes()
 
     def one(job: Job) -> Outcome:
-        outcome = run_job(job, deadline, not_built)
+        outcome = run_job(job, deadline, not_built, processes)
         with lock:
             if job.told and outcome.output:
                 tell(outcome.output.rstrip())
         return outcome
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return list(pool.map(one, jobs))
+        try:
+            return list(pool.map(one, jobs))
+        finally:  # before the pool waits for its threads
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.stop()
 
 
 # ---------------------------------------------------------------------------------------------------- the parts
@@ -381,6 +421,16 @@ class Check:
         return max(0.0, self.deadline - time.monotonic())
 
 
+def end_on_signals() -> None:
+    """Those that would end this process alone and leave its jobs now end it as Ctrl-C does."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check and measure pyllama's CUDA backend on the device that is here.")
     parser.add_argument("--seconds", type=float, default=460, help="for everything (default 460)")
@@ -438,4 +488,8 @@ def run_on_device(check: Check, parts: Sequence[str], jobs: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_on_signals()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,6 +56,35 @@ def test_a_job_that_hangs_is_stopped_with_all_it_started(check: ModuleType) -> N
     assert done.state == "too slow" and done.why.startswith("stopped after")
     for word in done.output.split():  # none where this machine was too busy to come so far
         while (stat := Path(f"/proc/{word}/stat")).exists() and stat.read_text().rsplit(")")[-1].split()[0] != "Z":
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_what_runs_and_what_waits(number: signal.Signals, tmp_path: Path) -> None:
+    """One worker: the first of three jobs runs, with a child of its own, when the signal comes."""
+    code = f"""if True:
+        import subprocess, sys, threading
+        from pathlib import Path
+        from scripts import gpu_check as check
+        check.BUILD = Path({str(tmp_path)!r})
+        check.end_on_signals()
+        sleeps = "import os, subprocess; p = subprocess.Popen(['sleep', '600'])"
+        sleeps += "; print(os.getpid(), p.pid, flush=True); p.wait()"
+        jobs = [check.Job("part", str(i), [sys.executable, "-c", sleeps], 600) for i in range(3)]
+        check.Check(check.BUILD, 600).stage("tests", jobs, 1)
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "logs" / "part-0.log"
+    while process.poll() is None and not (log.exists() and log.read_text().endswith("\n")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-2 if number == signal.SIGINT else 128 + number), errors
+    assert [p.name for p in log.parent.iterdir()] == ["part-0.log"]  # the others were never begun
+    children = [int(word) for word in log.read_text().split()]
+    assert len(children) == 2
+    for child in children:
+        while (stat := Path(f"/proc/{child}/stat")).exists() and stat.read_text().rsplit(")")[-1].split()[0] != "Z":
             time.sleep(0.01)
 
 

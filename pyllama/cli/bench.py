@@ -76,6 +76,10 @@ class Test:
         """Tokens that the context must hold."""
         return self.n_depth + max(self.n_prompt, self.n_gen)
 
+    def n_sequences(self, parallel: int) -> int:
+        """A prompt is read alone."""
+        return parallel if self.n_gen else 1
+
     @property
     def name(self) -> str:
         """llama-bench's name of it."""
@@ -86,8 +90,6 @@ class Test:
 def run(arguments: argparse.Namespace) -> int:
     tests = [Test(n, 0, d) for d in arguments.n_depth for n in arguments.n_prompt if n]
     tests += [Test(0, n, d) for d in arguments.n_depth for n in arguments.n_gen if n]
-    from ..placement import Placement
-
     if not tests:
         raise UsageError("nothing to measure: both -p and -n are 0")
     opened, label = _open(arguments)
@@ -96,8 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         if test.n_tok > longest:
             raise ValueError(f"{test.name} needs a context of {test.n_tok} tokens, the model has {longest}")
     records = []
-    n_cached = min(longest, max(test.n_tok for test in tests) * arguments.parallel)
-    placement = Placement(opened, n_cached, arguments.kv_dtype, arguments.device, arguments.gpu_layers)
+    placement = _placement(opened, tests, arguments)
     for threads in arguments.threads:
         bench = Bench(opened, label, threads, arguments.batch_size, arguments.parallel, arguments.kv_dtype, placement)
         for test in tests:
@@ -109,6 +110,28 @@ def run(arguments: argparse.Namespace) -> int:
         del bench  # a device may not hold the next one beside it
     print(json_text(records, indent=2) if arguments.output == "json" else safe(markdown(records)))
     return 0
+
+
+def _placement(opened: Any, tests: list[Test], arguments: argparse.Namespace) -> Placement:
+    """With room for the test that takes most, and for the largest step."""
+    from ..placement import Placement
+    from ..sizes import PAGE_TOK
+
+    most = max(tests, key=lambda test: -(-test.n_tok // PAGE_TOK) * test.n_sequences(arguments.parallel))
+    return Placement(
+        opened,
+        most.n_tok,
+        arguments.kv_dtype,
+        arguments.device,
+        arguments.gpu_layers,
+        n_seqs=most.n_sequences(arguments.parallel),
+        max_batch_tok=_step_rows(arguments.batch_size, arguments.parallel),
+    )
+
+
+def _step_rows(n_batch: int, parallel: int) -> int:
+    """Of the largest step."""
+    return max(n_batch, parallel)
 
 
 def _predicted(opened: Any, test: Test, threads: int, arguments: argparse.Namespace) -> float:
@@ -174,7 +197,7 @@ class Bench:
         self._label = label
         self._parallel = parallel
         config = opened.native_config(int(opened.config["max_seq_len"]))
-        rows = max(n_batch, parallel)
+        rows = _step_rows(n_batch, parallel)
         options: dict[str, Any] = {"threads": threads, "max_batch_tok": rows, "kv_dtype": kv_dtype}
         self._model = self._native.Model(config, opened.weights, **options, **placement.options)
         self._placement = placement
@@ -225,7 +248,7 @@ class Bench:
     @contextmanager
     def _sequences(self, test: Test) -> Iterator[list[Any]]:
         """With what lies before the test in the cache: that is computed once."""
-        sequences = [self._model.sequence() for _ in range(self._n_sequences(test))]
+        sequences = [self._model.sequence() for _ in range(test.n_sequences(self._parallel))]
         try:
             for sequence in sequences:
                 self._feed(sequence, test.n_depth, sample=False)
@@ -252,9 +275,6 @@ class Bench:
             seconds = self._model.profile(False)
         return {work: s / sum(seconds.values()) for work, s in seconds.items()}
 
-    def _n_sequences(self, test: Test) -> int:
-        return self._parallel if test.n_gen else 1
-
     def _prompt(self, sequence: Any, test: Test) -> int:
         self._feed(sequence, test.n_prompt, sample=True)
         return test.n_prompt
@@ -277,11 +297,11 @@ class Bench:
     def _rates(self, test: Test, tok_per_s: float) -> dict[str, float]:
         """Bytes and operations per second that the test cannot do without, and their shares of the machine's best."""
         n = test.n_prompt or test.n_gen
-        runs_per_s = tok_per_s / (n * self._n_sequences(test))
+        runs_per_s = tok_per_s / (n * test.n_sequences(self._parallel))
         n_steps = -(-n // self._n_batch) if test.n_prompt else n
         # Attention of a step reads what was cached before it, and its own tokens.
         cached = sum(test.n_depth + n * (step + 1) / n_steps for step in range(n_steps))
-        cache_bytes = self._n_sequences(test) * cached * self._model.page_bytes / self._model.PAGE_TOK
+        cache_bytes = test.n_sequences(self._parallel) * cached * self._model.page_bytes / self._model.PAGE_TOK
         n_bytes = n_steps * self._step_bytes + cache_bytes
         found = {"gb_per_s": runs_per_s * n_bytes / 1e9}
         if "read_gb_per_s" in self._floors:

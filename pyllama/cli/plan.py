@@ -76,7 +76,7 @@ def markdown(plan: Plan) -> str:
     if plan.on_device is not None:
         sides.insert(0, (plan.device, plan.on_device, plan.device_free))
     cache = f"{plan.kv_dtype} cache of {plan.cache_bytes_per_tok / 1024:.1f} KiB a token"
-    lines = [f"{' '.join(plan.model.split())}: {plan.n_layers} layers, a context of {plan.n_ctx} tokens, {cache}"]
+    lines = [f"{' '.join(plan.model.split())}: {plan.n_layers} layers, {plan.contexts}, {cache}"]
     if plan.device_name is not None:
         free = "" if plan.device_free is None else f", {plan.device_free / 2**30:.2f} GiB free"
         lines.append(f"{plan.device}: {plan.device_name}{free}")

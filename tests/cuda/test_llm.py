@@ -16,7 +16,8 @@ import pytest
 from pyllama import _C, LLM, DeviceError, PyllamaError, SamplingParams
 from pyllama.cli.main import main
 from pyllama.open import spec_of
-from pyllama.plan import Planner
+from pyllama.placement import Placement
+from pyllama.plan import Planner, Share
 from pyllama.speculative import ON_DEVICE, Budget, row_costs
 from tests import make_sources as make
 from tests.helpers_llm import tiny_llm, tiny_model
@@ -60,7 +61,7 @@ def test_what_an_llm_says_of_itself() -> None:
             assert llm.threads == 1 and llm.isa in _C.isas()
             assert ("cuda:0" in repr(llm)) == (n > 0) and ("1 thread" in llm.runs_on) == (n < 2)
             plan = llm.plan()
-            assert (plan.gpu_layers, plan.device == "cuda:0", plan.n_ctx) == (n, True, 256)
+            assert (plan.gpu_layers, plan.device, plan.n_ctx) == (n, device, 256)
             assert (plan.on_device is None) == (n == 0) and plan.on_cpu.n_layers == 2 - n
     with tiny_llm(device="cpu") as llm:
         assert llm.plan().device == "cpu" and "cuda" not in repr(llm)
@@ -220,6 +221,56 @@ def test_a_draft_model_that_does_not_fit_stays_on_the_cpu(emulated: Emulated) ->
             assert len(llm.generate("hello", GREEDY).token_ids) == 5
     finally:
         emulated.call("leave_memory", -1)
+
+
+@emulation_only("memory on demand")
+def test_all_contexts_of_a_draft_model_count(emulated: Emulated) -> None:
+    """Four requests that are drafted for have four contexts of its keys and values."""
+    opened = tiny_model()
+    share = Planner(opened.config, opened.specs, 256, "f16").on_device(2, spare=0)
+    placement = Placement(opened, 256, "f16", "cuda")
+    contexts = max(share.upload + share.cache, 4 * share.cache)  # what loads goes where the cache will be
+    needed = share.total - share.upload - share.cache + contexts
+    try:
+        for missing, device in ((0, "cuda:0"), (1, "")):
+            emulated.call("leave_memory", share.cache + needed - missing)
+            assert placement.device_for_draft(tiny_model()) == device
+    finally:
+        emulated.call("leave_memory", -1)
+
+
+@emulation_only("memory to the byte")
+@pytest.mark.parametrize(
+    "argv", [["-p", "0", "-n", "2", "--parallel", "8"], ["-n", "0", "-p", "20", "-b", "700"]], ids=" ".join
+)
+def test_bench_plans_what_it_takes(argv: list[str], cuda_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of all sequences (8: as slabs have them), and buffers for the rows of the largest step."""
+    planned: list[Share] = []
+    free: list[int] = []
+
+    def look() -> None:
+        free.append(int(_C.cuda.devices(str(cuda_library))[0]["free_bytes"]))
+
+    class Watched(_C.Model):
+        def step(self, batch: Any) -> Any:
+            done = super().step(batch)
+            look()
+            return done
+
+    def placed(*arguments: Any, **options: Any) -> Placement:
+        placement = Placement(*arguments, **options)
+        assert placement.plan.on_device is not None
+        planned.append(placement.plan.on_device)
+        look()
+        return placement
+
+    monkeypatch.setattr(_C, "Model", Watched)
+    monkeypatch.setattr("pyllama.placement.Placement", placed)
+    assert main(["bench", "--synthetic", "tiny", "--device", "cuda", "-t", "1", "-r", "1", *argv]) == 0
+    (share,) = planned
+    counted = share.total - share.upload - share.spare
+    more = free[0] - min(free) - counted
+    assert 0 <= more < 100_000, "a step's numbers and attention's room"
 
 
 def test_guesses_never_make_a_step_longer_than_eight_rows() -> None:
