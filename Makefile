@@ -27,7 +27,7 @@ EMULATED_TESTS = tests/test_kernels.py tests/test_sampler.py tests/test_weights.
   $(ENGINE)::test_quantized_logits_of_every_shape $(ENGINE)::test_a_long_text $(ENGINE)::test_prefill_equals_step_by_step
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test test-oracles check-tokenizers test-qemu test-arm check-crash check-cuda gpu-check asan lint format bench bench-peers dist-check clean
+.PHONY: help venv dev demo test test-oracles check-tokenizers test-qemu test-arm check-crash check-cuda check-cuda-demo gpu-check asan lint format bench bench-peers dist-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -87,6 +87,9 @@ check-cuda: $(VENV)/.pyllama-dev  ## compile every CUDA kernel for every archite
 	@if command -v nvcc >/dev/null; then $(PIP) install "nvidia-cuda-nvdisasm>=13" || true; fi
 	$(PY) scripts/check_cuda.py
 	@if command -v nvcc >/dev/null; then scripts/check_device.sh; fi
+
+check-cuda-demo: dev  ## the demo model, whole, through the emulated CUDA kernels against the CPU: minutes
+	$(PY) scripts/check_cuda_demo.py
 
 # Without the virtual environment: the machine with the GPU may have no network to make one. GPU_ARGS="--only build tests"
 gpu-check:  ## on a machine with a GPU: build, test and measure there, under 8 minutes (docs/GPU.md); uses $(PYTHON)
