@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.model_folder import check_config
 from quantize.binding import LAYER_SHAPES, OPTIONAL, OUTER_SHAPES
 from quantize.families import FAMILIES, NOT_YET, Family
-from quantize.fields import Fields, window_of_some
+from quantize.fields import ROPE_TYPES, Fields, window_of_some
 from quantize.readers import Source, open_source
 from quantize.readers.hf_config import read_hf_config
 from tests import make_sources as make
@@ -346,7 +347,9 @@ def test_settings_that_change_nothing() -> None:
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
         "pretraining_tp": 1,
         "initializer_range": 0.041666666666666664,
-        "attention_dropout": 0.0,
+        "attention_dropout": 0.1,
+        "use_flash_attention_2": True,
+        "layer_norm_eps": 1e-5,
         "use_cache": True,
         "_name_or_path": "somewhere",
         "unsloth_fixed": True,
@@ -359,3 +362,37 @@ def test_settings_that_change_nothing() -> None:
         "auto_map": {"AutoModelForCausalLM": "modeling.Model"},
     }
     assert canonical("llama", **harmless) == SHAPE.config()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+ROPE_KEYS = sorted(
+    {"type", "rope_type", "rope_theta", "truncate", *LONG} | {k for row in ROPE_TYPES.values() for k in row}
+)
+
+
+@given(data=st.data())
+def test_any_config_is_read_or_refused(data: st.DataObject) -> None:
+    """Whatever stands in a field: a canonical config that is sound, or one exception of ours."""
+    kind = data.draw(st.sampled_from(sorted(HF)))
+    raw = config_of(kind)
+    keys = sorted({*raw, *HF[kind].keys.values(), *HF[kind].defaults, "layer_types", "use_sliding_window", "mlp_bias"})
+    for key in data.draw(st.lists(st.sampled_from(keys), max_size=3, unique=True)):
+        raw[key] = data.draw(JSON | st.integers(-2, 200))
+    if data.draw(st.booleans()):
+        rope = st.dictionaries(st.sampled_from(ROPE_KEYS), JSON | st.sampled_from([2.0, 64, LONG["long_factor"]]))
+        kinds = st.sampled_from([*ROPE_TYPES, "su", "default"])
+        raw[data.draw(st.sampled_from(["rope_scaling", "rope_parameters"]))] = data.draw(rope) | {
+            "rope_type": data.draw(kinds)
+        }
+    try:
+        found = read_hf_config(raw, "config.json")
+    except ModelFormatError as error:
+        assert str(error).startswith("config.json: ")
+        return
+    check_config(found.config, "here")
+    json.dumps(found.config, allow_nan=False)
+    assert found.optional <= OPTIONAL and all(0 < factor < 1e7 for factor in found.factors.values())

@@ -24,10 +24,12 @@ _SPEAKS = re.compile(
     "rope|rotary|nope|multiplier|scal(e|ing)|softcap|window|norm|bias|alibi|expert|moe|mup|layer_types|attn_|attention_"
     "|sinks?$|clip|residual|parallel|layernorm|logit|sparse"
 )
+_OF_RUNNING = re.compile("dropout|flash|sdpa|loss")  # of training, or of how the same numbers are computed
 _CHANGES_NOTHING = {
-    "attention_dropout",
     "attn_implementation",
     "initializer_range",
+    "layer_norm_eps",  # there are no such norms here
+    "layer_norm_epsilon",
     "max_window_layers",
     "rope_parameters",
     "rope_scaling",
@@ -140,7 +142,7 @@ def _refuse_strangers(family: Family, fields: Fields) -> None:
     if family.window is not None:
         known = known | {"layer_types"}
     for key, value in fields.values.items():
-        if key in known or key.startswith("_") or _SPEAKS.search(key) is None:
+        if key in known or key.startswith("_") or _SPEAKS.search(key) is None or _OF_RUNNING.search(key):
             continue
         off = value is None or value is False or value in (0, "", [], {})
         neutral = off or (value == 1 and re.search("multiplier|scal|factor", key) is not None)
