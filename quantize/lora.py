@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.reader import parse_json, read_bytes, shown
+from pyllama.common.reader import parse_json, read_bytes, recorded_files, shown
 from pyllama.common.safetensors import read_safetensors
 
 from .readers.source import DENSE_TYPES, Index, Rows, Source, SourceTensor, StoredTensor
@@ -135,9 +135,10 @@ def merge_adapters(source: Source, adapters: Sequence[tuple[str | os.PathLike[st
 
     Raises ModelFormatError that names the adapter's tensor which is damaged, unknown, or does not fit the model.
     """
-    for path, factor in adapters:
-        source = _merge(source, open_adapter(path, factor))
-    return source
+    with recorded_files() as files:
+        for path, factor in adapters:
+            source = _merge(source, open_adapter(path, factor))
+    return replace(source, files=(*source.files, *files))
 
 
 def open_adapter(path: str | os.PathLike[str], factor: float = 1.0) -> Adapter:

@@ -115,6 +115,8 @@ def test_all_modules(dtype: str, tmp_path: Path) -> None:
     assert merged.tensors["layers.0.wq"].grid is None
     assert merged.tensors["layers.0.wq"].dtype == "F32+lora"
     assert merged.identity["lora"][0]["name"] == "adapter"
+    watched = {file.path.name for file in merged.files}  # by the conversion, lest they change under it
+    assert watched >= {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"}
 
 
 def test_two_adapters_with_factors(tmp_path: Path) -> None:
