@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def test_demo_is_what_transformers_reads_except_around_digits(demo_gguf: Path, t
 
     ours = opened(tmp_path, demo_metadata(demo_gguf))
     reference = AutoTokenizer.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name)
-    texts = [text for text in STRINGS if not any(c.isnumeric() for c in text)]
+    # Characters that Python's tables lack may be digits in newer ones, such as those of the library.
+    texts = [text for text in STRINGS if not any(c.isnumeric() or unicodedata.category(c) == "Cn" for c in text)]
     assert len(texts) > 4000
     assert_same(lambda text: ours.encode(text, parse_special=True), lambda text: reference(text)["input_ids"], texts)
 
@@ -158,11 +160,12 @@ def test_llama2_style_tokenizer_json_is_sentencepiece(tmp_path: Path) -> None:
     direct = Tokenizer.from_folder(
         write_folder(tmp_path / "model", {"tokenizer.model": proto, "tokenizer_config.json": settings})
     )
-    for is_parsed in (False, True):
+    harmless = [text for text in STRINGS if not re.search("<s>|</s>|<unk>", text)]
+    for is_parsed, texts in ((False, STRINGS), (True, harmless)):
         assert_same(
             lambda text, p=is_parsed: ours.encode(text, add_special=False, parse_special=p),  # type: ignore[misc]
             processor.encode,
-            STRINGS,
+            texts,
         )
     special = [f"<s>{text}</s> {text}" for text in STRINGS]
     assert_same(
