@@ -28,6 +28,7 @@ from .readers.source import DENSE_TYPES, Index, Rows, Source, SourceTensor, Stor
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 24
 MAX_RANK = 1 << 14
+_STEP_WEIGHTS = 1 << 18  # added at a time: 2 MiB of float64
 
 _PREFIX = "base_model.model."
 # Hugging Face's modules of a layer, and our matrices that lie below each other in each.
@@ -78,7 +79,7 @@ class Update:
     def apply(self, values: NDArray[np.float64], index: Index) -> NDArray[np.float64]:
         """Rows `index` of the merged matrix, of `values`, the rows before. Source: LoRA, eq. 3; DoRA, eq. 5."""
         if self.embedding:
-            left, right = _whole(self.left)[:, index].T, _whole(self.right).T
+            left, right = _columns(self.left, index).T, _whole(self.right).T
         else:
             left, right = self.left.read(index).astype(np.float64), _whole(self.right)
         values = values + self.scale * (left @ right)
@@ -90,6 +91,14 @@ class Update:
 
 def _whole(tensor: StoredTensor) -> NDArray[np.float64]:
     return tensor.read(np.arange(tensor.shape[0])).astype(np.float64)
+
+
+def _columns(tensor: StoredTensor, index: Index) -> NDArray[np.float64]:
+    """Columns of a factor with a column for each word of the vocabulary, which is not to be held whole."""
+    if tensor.type is None:
+        raise ValueError(f"{tensor.name}: type {tensor.type_name} cannot be read")
+    raw = tensor.data().reshape(*tensor.shape, tensor.type.block_bytes)[:, index]
+    return tensor.type.decode(np.ascontiguousarray(raw).reshape(len(raw), -1)).astype(np.float64)
 
 
 def _row(tensor: StoredTensor, index: Index) -> NDArray[np.float64]:
@@ -112,11 +121,18 @@ class Merged(Rows):
         return self._where
 
     def read(self, index: Index) -> NDArray[np.float32]:
+        out = np.empty((len(index), self.shape[1]), np.float32)
+        step = max(1, _STEP_WEIGHTS // self.shape[1])
+        for first in range(0, len(index), step):
+            out[first : first + step] = self._step(index[first : first + step])
+        return out
+
+    def _step(self, index: Index) -> NDArray[np.float64]:
         first, last = int(index[0]), int(index[-1]) + 1  # conversion reads rows in their order
         values = self._tensor.read(slice(first, last))[index - first].astype(np.float64)
         for update, offset in self._updates:
             values = update.apply(values, index + offset)
-        return values.astype(np.float32)
+        return values
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ Array = NDArray[Any]
 
 # Of the eight columns in one of AWQ's words, column c lies at nibble _AWQ_NIBBLES[c]: even ones below, odd ones above.
 _AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]
+_STEP_WEIGHTS = 1 << 19  # decoded at a time, with as many scales and offsets beside them: some 5 MiB
 _NUMBERS: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<f4")}
 
 
@@ -73,6 +74,13 @@ class Grouped(Rows):
         return np.argsort(self.of_column, kind="stable").astype(np.int32)
 
     def read(self, index: Index) -> NDArray[np.float32]:
+        out = np.empty((len(index), self.shape[1]), np.float32)
+        step = max(1, _STEP_WEIGHTS // self.shape[1])
+        for first in range(0, len(index), step):
+            out[first : first + step] = self._values(index[first : first + step])
+        return out
+
+    def _values(self, index: Index) -> NDArray[np.float32]:
         scales, offsets = (self._per_column(part) for part in (self.scales(index), self.offsets(index)))
         values = self.codes(index).astype(np.float32)
         if self.zero_points:
