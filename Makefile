@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 BENCH_ARGS ?=
 GPU_ARGS ?=
+FUZZ_ARGS ?=
 PY = $(abspath $(VENV))/bin/python
 BIN = $(abspath $(VENV))/bin
 PIP = $(PY) -m pip --disable-pip-version-check -qq
@@ -27,7 +28,7 @@ EMULATED_TESTS = tests/test_kernels.py tests/test_sampler.py tests/test_weights.
   $(ENGINE)::test_quantized_logits_of_every_shape $(ENGINE)::test_a_long_text $(ENGINE)::test_prefill_equals_step_by_step
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test test-oracles check-tokenizers test-qemu test-arm check-crash check-cuda check-cuda-demo gpu-check asan lint format bench bench-peers dist-check clean
+.PHONY: help venv dev demo test test-oracles check-tokenizers test-qemu test-arm fuzz check-crash check-cuda check-cuda-demo gpu-check asan lint format bench bench-peers dist-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +80,9 @@ test-qemu: dev  ## kernels and forward pass on an emulated processor without AVX
 
 test-arm: dev  ## the same on an emulated 64-bit ARM processor, cross-compiled
 	VENV=$(VENV) scripts/test_arm.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS) tests/cuda $(patsubst %,--ignore=tests/cuda/test_%.py,table models model_errors llm draw linear_many attention_many))
+
+fuzz: dev  ## damaged checkpoints of every kind for a minute: refused or read, nothing else (FUZZ_ARGS="--runs 10000")
+	$(PY) fuzz/fuzz.py $(FUZZ_ARGS)
 
 check-crash: dev  ## 200 conversions killed at every call and at random moments: none leaves a broken output
 	$(PY) scripts/check_crash.py

@@ -20,6 +20,8 @@ from pyllama.common.model_folder import StoredTensor, metadata_sha256, read_mode
 from pyllama.common.reader import BoundedFile, Bytes, shown
 from pyllama.common.safetensors import SafetensorsFile
 
+from .writer import GENERATION_FILE, TOKENIZER_FILES
+
 _CHUNK_BYTES = 1 << 24
 
 
@@ -41,6 +43,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int, int, str], 
     folder = read_model_folder(path)
     for file in {id(tensor.file): tensor.file for tensor in folder.tensors.values()}.values():
         _verify_metadata(folder.path, file)
+    _verify_listing(folder.path, {key for tensor in folder.tensors.values() for key in tensor.file.metadata})
     total = sum(tensor.spec.payload_bytes for tensor in folder.tensors.values())
     done = 0
     for name, tensor in folder.tensors.items():
@@ -70,6 +73,13 @@ def _verify_metadata(folder: Path, file: SafetensorsFile) -> None:
             raise ModelFormatError(
                 f"{folder / name}: sha256 is {found}, expected {expected}; the file was damaged or changed since"
             )
+
+
+def _verify_listing(folder: Path, keys: set[str]) -> None:
+    """No file that opening the model would read is without a checksum."""
+    for name in (*TOKENIZER_FILES, GENERATION_FILE):
+        if os.path.lexists(folder / name) and f"sha256.{name}" not in keys:
+            raise ModelFormatError(f"{folder / name}: has no checksum; it was put there after the conversion")
 
 
 def _verify_tensor(tensor: StoredTensor) -> None:

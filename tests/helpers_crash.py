@@ -1,7 +1,7 @@
 """A conversion that is killed: run as a program, it converts and sends itself SIGKILL at a chosen moment.
 
 `python -m tests.helpers_crash SRC OUT at N` dies in the N-th call that changes a file (a write is cut in half before),
-`… after SECONDS` dies then. When it lives it prints the number of calls and its seconds. Shared with `make check-crash`.
+`… after SECONDS` dies then. When it lives it prints the number of calls and its seconds. Used by `make check-crash`.
 """
 
 from __future__ import annotations

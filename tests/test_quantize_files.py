@@ -289,6 +289,28 @@ def test_verify_misses_files(model: Path, tmp_path: Path) -> None:
             verify(folder)
 
 
+def test_verify_finds_files_put_beside(model: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.model", "chat_template.jinja"):
+        folder = shutil.copytree(model, tmp_path / name)
+        (folder / name).write_text("{{ 1 }}")
+        with pytest.raises(ModelFormatError, match=rf"{re.escape(name)}: has no checksum; it was put there after"):
+            verify(folder)
+
+
+def test_every_byte_of_the_header_counts(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    for at in [*range(8), *range(8, size, 11), size - 1]:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        path.unlink()  # a new file: the old one may be mapped
+        path.write_bytes(damaged)
+        with pytest.raises(ModelFormatError):
+            verify(folder)
+
+
 def test_verify_wants_checksums(model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     path = folder / "model.safetensors"
@@ -309,7 +331,9 @@ def test_verify_looks_at_values_and_padding_behind_a_right_checksum(model: Path,
         payloads = {key: bytearray(tensor.payload().tobytes()) for key, tensor in whole.tensors.items()}
         payloads[name][at : at + len(value)] = value
         sums = {key: import_module("hashlib").sha256(payload).hexdigest() for key, payload in payloads.items()}
-        head = folder_module.header_bytes(specs, sums)
+        metadata = whole.tensors["norm"].file.metadata
+        files = {key[7:]: value for key, value in metadata.items() if key.startswith("sha256.")}
+        head = folder_module.header_bytes(specs, sums, files)
         (folder / "model.safetensors").write_bytes(head + b"".join(payloads[spec.name] for spec in specs))
         return folder
 
