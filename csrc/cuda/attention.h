@@ -19,7 +19,7 @@ struct DeviceSpan {
   int32_t first;  // row of its first token in the step
   int32_t n_tok;
   int32_t pos;    // absolute position of its first token
-  int32_t pages;  // index in AttendBuffers::pages of its first page
+  int32_t pages;  // index in AttendBuffers::pages of its first page; spans' pages follow each other as spans do
 };
 
 // All pointers are to device memory.
@@ -40,6 +40,7 @@ struct AttendShape {
   int max_span_tok = 0;           // tokens of a span, at most
   int max_few_tok = kFewSpanTok;  // the same of spans of up to kFewSpanTok tokens; 0: there are none
   int max_keys = 0;               // pos + n_tok, at most; spans that need more splits than this give NaN
+  int n_pages = 0;                // of all spans together, at most; the same beyond it
   int n_tok = 0;                  // rows of q and o
   int n_heads = 0;                // a multiple of the cache's n_kv_heads
   float scale = 0;                // of scores; 0: 1/√head_dim
@@ -47,7 +48,8 @@ struct AttendShape {
   int multiprocessors = 1;
   size_t shared_bytes = 0;
 };
-// A prompt needs none; it asks for what its text's decoding will.
+// By the pages of all spans together: one long text costs what it needs itself. A prompt needs none; it asks for what
+// its text's decoding will.
 struct AttendRoom {
   size_t partials_bytes, arrived_bytes;
 };

@@ -21,10 +21,12 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 32 * kSplitPages;
+constexpr int kSplitTok = kSplitPages * kCachePageTok;
 static_assert(kTileRows == kQueryRows, "a tile's queries become halves at once");
 
 struct FewArgs : AttendStep {
   int max_splits;
+  int total_splits;  // that there is room for
   int max_span_tok;
   int row_tiles;
   int tile_rows;  // rows of a tile, at most: what shared memory is made for
@@ -32,16 +34,20 @@ struct FewArgs : AttendStep {
 
 // What a block works on.
 struct Tile : RowTile {
-  int keys;    // that its last row sees
-  int splits;  // that have one of them
+  int keys;                      // that its last row sees
+  int splits;                    // that have one of them
+  int first_split, span_splits;  // of the span, among those of all spans
 };
 
 PYLLAMA_DEVICE Tile tile_of_block(const FewArgs& a) {
   const Dim3 block = block_index();
   const int kv_head = static_cast<int>(block.x) / a.row_tiles, tile = static_cast<int>(block.x) % a.row_tiles;
-  Tile t{row_tile(a, a.io.spans[block.z], kv_head, tile * kTileRows, kTileRows), 0, 0};
+  Tile t{row_tile(a, a.io.spans[block.z], kv_head, tile * kTileRows, kTileRows), 0, 0, 0, 0};
   t.keys = row_keys(a, t, t.rows - 1);
-  t.splits = (t.keys + kSplitPages * kCachePageTok - 1) / (kSplitPages * kCachePageTok);
+  t.splits = (t.keys + kSplitTok - 1) / kSplitTok;
+  // No span meets the next one's: that begins n pages later, and ⌊(p + n)/4⌋ + 1 ≥ ⌊p/4⌋ + ⌈n/4⌉.
+  t.first_split = t.span.pages / kSplitPages + static_cast<int>(block.z);
+  t.span_splits = (t.span.pos + t.span.n_tok + kSplitTok - 1) / kSplitTok;
   return t;
 }
 
@@ -212,21 +218,22 @@ PYLLAMA_DEVICE void store_result(const FewArgs& a, int64_t row, int d, const Fol
 // The tile's number among all of the grid, whatever the split.
 PYLLAMA_DEVICE int64_t tile_number() { return int64_t{block_index().z} * grid_size().x + block_index().x; }
 
-// Partials: [tiles][tile_rows][max_splits][wide], a multiple of 128 bytes, so that the 16-byte loads of what the splits
-// give are aligned; then [tiles][tile_rows][max_splits]{top, sum}.
+// Partials: for each span in its place [tiles of a span][tile_rows][span_splits][wide], a multiple of 128 bytes, so
+// that the 16-byte loads of what the splits give are aligned; behind those of all, in the same order, {top, sum}.
 struct Partials {
   float* out;
   float2* sums;
 };
-PYLLAMA_DEVICE Partials partials_of(const FewArgs& a, int r) {
-  const int64_t tiles = int64_t{grid_size().z} * grid_size().x, each = a.tile_rows * a.max_splits;
-  const int64_t slot = tile_number() * each + r * a.max_splits;
+PYLLAMA_DEVICE Partials partials_of(const FewArgs& a, const Tile& t, int r) {
+  const int64_t of_split = int64_t{grid_size().x} * a.tile_rows;
+  const int64_t in_span = int64_t{static_cast<int>(block_index().x) * a.tile_rows + r} * t.span_splits;
+  const int64_t slot = t.first_split * of_split + in_span;
   return {a.io.partials + slot * a.cache.wide,
-          reinterpret_cast<float2*>(a.io.partials + tiles * each * a.cache.wide) + slot};
+          reinterpret_cast<float2*>(a.io.partials + a.total_splits * of_split * a.cache.wide) + slot};
 }
 
-// For a tile with more keys than there are splits in the grid: nobody would be the last to arrive, so the output would
-// stay what it was and the counter would not come back to zero.
+// For a tile with more keys than there are splits in the grid, or room: nobody would be the last to arrive, so the
+// output would stay what it was and the counter would not come back to zero.
 PYLLAMA_DEVICE void store_nan(const FewArgs& a, const Tile& t) {
   const int head_dim = a.cache.head_dim;
   for (int i = static_cast<int>(thread_index()); i < t.rows * head_dim; i += kThreads) {
@@ -241,7 +248,7 @@ PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes || kBlocks == 4 ? 2 : 3) v
   const Tile t = tile_of_block(a);
   const int split = static_cast<int>(block_index().y);
   if (t.rows <= 0 || split >= t.splits || t.span.n_tok > a.max_span_tok) return;
-  if (t.splits > a.max_splits) {
+  if (t.splits > a.max_splits || t.first_split + t.span_splits > a.total_splits) {
     if (split == 0) store_nan(a, t);
     return;
   }
@@ -263,7 +270,7 @@ PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes || kBlocks == 4 ? 2 : 3) v
       store_result(a, row_in_step(a, t, r), d, f);
       continue;
     }
-    const Partials to = partials_of(a, r);
+    const Partials to = partials_of(a, t, r);
     if (lane() == 0) to.sums[split] = {f.top, f.sum};
     if (has_columns) {
       store_16(to.out + int64_t{split} * a.cache.wide + d,
@@ -285,7 +292,7 @@ PYLLAMA_KERNEL PYLLAMA_LAUNCH_BOUNDS(kThreads, kBytes || kBlocks == 4 ? 2 : 3) v
   if (*turn != t.splits - 1) return;
   fence();
   for (int r = static_cast<int>(warp()); r < t.rows; r += kSplitPages) {
-    const Partials from = partials_of(a, r);
+    const Partials from = partials_of(a, t, r);
     store_result(a, row_in_step(a, t, r), d, fold(from.sums, 1, from.out + d, a.cache.wide, t.splits, has_columns));
   }
 }
@@ -299,9 +306,8 @@ Kernel kernel_of(int blocks) {
                        : attend_few_kernel<4, kBytes>;
 }
 
-constexpr int kSplitTok = kSplitPages * kCachePageTok;
-
 int splits_of(const AttendShape& shape) { return (shape.max_keys + kSplitTok - 1) / kSplitTok; }
+int total_splits_of(const AttendShape& shape) { return shape.n_pages / kSplitPages + shape.n_spans; }
 int row_tiles_of(const CacheLayout& cache, const AttendShape& shape) {
   return (shape.max_span_tok * (shape.n_heads / cache.n_kv_heads) + kTileRows - 1) / kTileRows;
 }
@@ -321,14 +327,18 @@ int tile_rows_of(const CacheLayout& cache, const AttendShape& shape) {
 
 AttendRoom attend_few_room(const CacheLayout& cache, const AttendShape& shape) {
   const size_t tiles = static_cast<size_t>(row_tiles_of(cache, shape) * cache.n_kv_heads * shape.n_spans);
-  const size_t rows = tiles * static_cast<size_t>(tile_rows_of(cache, shape));
-  return {rows * static_cast<size_t>(splits_of(shape)) * static_cast<size_t>(cache.wide + 2) * sizeof(float),
+  const size_t rows = static_cast<size_t>(row_tiles_of(cache, shape) * cache.n_kv_heads * tile_rows_of(cache, shape));
+  return {rows * static_cast<size_t>(total_splits_of(shape)) * static_cast<size_t>(cache.wide + 2) * sizeof(float),
           tiles * sizeof(int32_t)};
 }
 
 void attend_few(Stream& stream, const CacheLayout& cache, int layer, const AttendShape& shape,
                 const AttendBuffers& args) {
-  FewArgs a{attend_step(cache, layer, shape, args), splits_of(shape), shape.max_span_tok, row_tiles_of(cache, shape),
+  FewArgs a{attend_step(cache, layer, shape, args),
+            splits_of(shape),
+            total_splits_of(shape),
+            shape.max_span_tok,
+            row_tiles_of(cache, shape),
             tile_rows_of(cache, shape)};
   if (shape.n_spans == 0 || shape.n_tok == 0) return;
   const int blocks = cache.wide / 32;

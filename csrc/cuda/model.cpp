@@ -30,6 +30,12 @@ int keys_bucket(int keys) {
   return bucket;
 }
 
+int pages_bucket(int pages) {
+  int bucket = 1;
+  while (bucket < pages) bucket *= 2;
+  return bucket;
+}
+
 int64_t pages_for(int keys) { return (keys + kPageTok - 1) / kPageTok; }
 
 CacheLayout layout_of(const Config& c, const ModelOptions& options) {
@@ -122,7 +128,7 @@ void CudaModel::begin(const Step& step) {
   running_ = true;
   choose_shape(step);
   AttendShape largest = shape_;  // so that the room seldom grows, which frees memory and loses the graphs
-  largest.max_keys = keys_bucket(shape_.max_keys);
+  largest.n_pages = pages_bucket(shape_.n_pages);
   const AttendRoom need = attend_room(cache_, largest);
   if (!room_.fits(need)) {
     graphs_.clear();  // they know the old room
@@ -160,6 +166,7 @@ void CudaModel::choose_shape(const Step& step) {
   }
   if (few_) shape_.max_keys = keys_bucket(shape_.max_keys);
   n_pages_ = few_ ? step.n_spans * pages_for(shape_.max_keys) : pages_of(step);
+  shape_.n_pages = static_cast<int>(n_pages_);
 }
 
 // The first verb.

@@ -60,6 +60,16 @@ PYLLAMA_TEST_ENTRY int rope_append_step(const int32_t* shape, const int32_t* ste
   });
 }
 
+// bytes of attention's room. step: n_tok, n_heads, n_spans, max_span_tok, max_few_tok, max_keys, n_pages.
+PYLLAMA_TEST_ENTRY int attention_room(const int32_t* shape, const int32_t* step, int64_t* bytes) {
+  return guarded([&] {
+    AttendShape s;
+    s.n_tok = step[0], s.n_heads = step[1], s.n_spans = step[2], s.max_span_tok = step[3], s.max_few_tok = step[4];
+    s.max_keys = step[5], s.n_pages = step[6];
+    *bytes = static_cast<int64_t>(attend_room(layout_of(shape), s).partials_bytes);
+  });
+}
+
 // step: layer, n_tok, n_heads, n_spans, max_span_tok, max_keys, n_pages, entries of the page table, launches,
 // multiprocessors, shared_bytes, max_few_tok.
 PYLLAMA_TEST_ENTRY int attend_step(const int32_t* shape, const int32_t* step, const DeviceSpan* spans,
@@ -70,6 +80,7 @@ PYLLAMA_TEST_ENTRY int attend_step(const int32_t* shape, const int32_t* step, co
     s.n_spans = step[3], s.max_span_tok = step[4], s.max_keys = step[5], s.n_tok = step[1], s.n_heads = step[2];
     s.multiprocessors = step[9], s.shared_bytes = static_cast<size_t>(step[10]);
     s.max_few_tok = step[11];
+    s.n_pages = step[7];
     const size_t numbers = static_cast<size_t>(step[1]) * static_cast<size_t>(step[2] * l.head_dim);
     Stream stream;
     const Array<uint8_t> cache(stream, pages, static_cast<size_t>(step[6] * l.page_bytes));

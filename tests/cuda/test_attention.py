@@ -73,6 +73,33 @@ def test_bits_do_not_depend_on_the_step(emulated: Emulated, pos: int, q8: bool) 
         assert (part == together[first:last]).all()
 
 
+@pytest.mark.parametrize("pos", [[1500, 0, 3, 255, 700, 256], [0, 255, 256, 1023, 1024, 40], [767] * 4], ids=str)
+def test_texts_of_any_lengths_beside_each_other(emulated: Emulated, pos: list[int]) -> None:
+    """Each has its own splits' room, and none meets another's; guard zones stand around all of it."""
+    cache = Cache(False, 2, 32)
+    spans = [Span(Text(cache, p + 2, seed=i), p, queries(1 + i % 2, 4, 32, i)) for i, p in enumerate(pos)]
+    together, first = attend(emulated, spans), 0
+    for span in spans:
+        alone = attend(emulated, [span], room=512)
+        assert together[first : first + len(span.q)].tobytes() == alone.tobytes()
+        first += len(span.q)
+
+
+def test_one_long_text_costs_what_it_needs(emulated: Emulated) -> None:
+    """A 70B model's heads, 64 texts of which one has 128k tokens; once a prompt is among them."""
+
+    def room(n_tok: int, n_spans: int, longest: int, few: int, keys: int, n_pages: int) -> int:
+        step, found = np.array([n_tok, 64, n_spans, longest, few, keys, n_pages], np.int32), np.zeros(1, np.int64)
+        emulated.call("attention_room", Cache(False, 8, 128, 80).shape, step, found)
+        return int(found[0])
+
+    alone = room(1, 1, 1, 1, 131072, 2048)
+    assert 512 * 64 * 130 * 4 <= alone < 513.5 * 64 * 130 * 4, "of each split a row of 128, a maximum and a sum"
+    assert room(64, 64, 1, 1, 131072, 2048 + 63) < alone * 1.2
+    assert room(512, 64, 449, 1, 131072, 2048 + 63 + 8) < alone * 1.2
+    assert room(64, 64, 1, 1, 64, 64) < alone / 6
+
+
 @BOTH
 def test_what_is_masked_adds_exactly_nothing(emulated: Emulated, q8: bool) -> None:
     """Keys behind a query are NaN, values there large: bits are those without. Who sees a NaN key is NaN."""

@@ -204,6 +204,7 @@ PYLLAMA_TEST_ENTRY int time_attend(const int64_t* what, int64_t* bytes, double* 
     shape.multiprocessors = device.multiprocessors;
     shape.shared_bytes = device.shared_bytes;
     const int pages = (keys + kCachePageTok - 1) / kCachePageTok;
+    shape.n_pages = pages * n_spans;
     *bytes = int64_t{n_spans} * keys * layout.n_kv_heads * layout.head_bytes / kCachePageTok;
     const size_t n_pages = as_size(pages) * as_size(n_spans);
     const Memory cache = random_memory(stream, n_pages * as_size(layout.page_bytes), Numbers::kHalves, 3);
