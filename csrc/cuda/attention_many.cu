@@ -133,7 +133,8 @@ struct Sums {
 };
 
 // Scores of a row, in column `at` and the next, become weights, and its top is raised where this page asks for it.
-// Returns what sums so far are to be multiplied by. The four lanes of a row find and write the same.
+// Returns what sums so far are to be multiplied by. The four lanes of a row find the same; one writes it, when all have
+// read what was there.
 PYLLAMA_DEVICE float weigh(float (&s)[kPageTiles][4], int at, RowState& row) {
   const float factor = row.factor, before = row.top;
   float most = minus_infinity();
@@ -144,7 +145,8 @@ PYLLAMA_DEVICE float weigh(float (&s)[kPageTiles][4], int at, RowState& row) {
   const float wanted = most * factor - kLargestWeight;  // NaN where factor is; weights are then, too
   const float now = wanted > before + kSlack ? wanted : before;
   const float taken = now == minus_infinity() ? 0.0f : now;
-  row.top = now;
+  warp_barrier();
+  if (thread_index_again() % 4 == 0) row.top = now;
   PYLLAMA_UNROLL
   for (int j = 0; j < kPageTiles; j++) {
     // The product is exact: a power of two.
@@ -254,13 +256,15 @@ PYLLAMA_DEVICE void sum_page(Sums<kBlocks, kTiles>& sums, float (&s)[kTiles][kPa
   PYLLAMA_UNROLL
   for (int m = 0; m < kTiles; m++) {
     RowState &near = rows[16 * m], &far = rows[16 * m + 8];
-    const float totals[2] = {near.total, far.total};  // before a lane that shares the row writes it
+    const float totals[2] = {near.total, far.total};  // weigh has the barrier before they are written
     const float shrink[2] = {weigh(s[m], 0, near), weigh(s[m], 2, far)};
     if (ballot(shrink[0] != 1.0f || shrink[1] != 1.0f) != 0) sums.multiply(m, shrink);
     float total[4] = {0, 0, 0, 0};
     weights[m] = weights_from(s[m], total);
-    near.total = fma(totals[0], shrink[0], total[0]);
-    far.total = fma(totals[1], shrink[1], total[2]);
+    if (thread_index_again() % 4 == 0) {
+      near.total = fma(totals[0], shrink[0], total[0]);
+      far.total = fma(totals[1], shrink[1], total[2]);
+    }
   }
   PYLLAMA_UNROLL
   for (int b = 0; b < kBlocks; b++) add_values<kBytes>(sums.o[b], weights, values_in<P, kBlocks>(lane, b));
@@ -271,11 +275,13 @@ PYLLAMA_DEVICE void attend_tile(const ManyArgs& a) {
   using P = Plan<kBlocks, kBytes, kTiles>;
   const RowTile t = tile_of_block<P::kRows>(a);
   if (t.rows <= 0) return;
-  // Every thread writes what it reads itself before the first barrier.
   BlockState& block = P::block();
-  block.tile = t;
-  block.head = head_offset(a, t);
-  block.n_pages = static_cast<uint32_t>((row_keys(a, t, t.rows - 1) + kCachePageTok - 1) / kCachePageTok);
+  if (thread_index_again() == 0) {
+    block.tile = t;
+    block.head = head_offset(a, t);
+    block.n_pages = static_cast<uint32_t>((row_keys(a, t, t.rows - 1) + kCachePageTok - 1) / kCachePageTok);
+  }
+  barrier();
   copy_page<kBlocks, kBytes, kTiles, false>(a, 0);
   prepare_rows<kBlocks, P>(a, t);
   Sums<kBlocks, kTiles> sums = {};
