@@ -28,6 +28,8 @@ LIMITS = {
     "max_seq_len": 1 << 26,
 }
 
+NO_TOKEN = (-1, 0xFFFFFFFF)  # how some tools write "none": also as all ones of an unsigned number
+
 
 class Fields:
     """Typed, range-checked access to an untrusted mapping; each error names `where` and the key."""
@@ -75,9 +77,9 @@ class Fields:
         return bool(value)
 
     def token(self, key: str, vocab_size: int) -> int | None:
-        """A token id, or None when absent, null or -1 (which some tools write for "none")."""
+        """A token id, or None when absent, null or one of NO_TOKEN."""
         value = self.get(key)
-        return None if value is None or value == -1 else self.integer(key, 0, vocab_size - 1)
+        return None if value is None or value in NO_TOKEN else self.integer(key, 0, vocab_size - 1)
 
     def tokens(self, key: str, vocab_size: int) -> list[int]:
         """A token id or a list of them, as a list without duplicates."""
@@ -164,6 +166,7 @@ def _scale(family: Family, fields: Fields, role: str, default: float) -> float:
 
 # -------------------------------------------------------------------------------- sliding windows
 
+LAYER_TYPES = ("full_attention", "sliding_attention")  # Hugging Face's names
 Window = tuple[int | None, list[int]]  # how many keys a token sees, itself included; in which layers
 
 
@@ -179,10 +182,27 @@ def _windows(family: Family, fields: Fields, config: Mapping[str, Any]) -> dict[
 
 
 def window_of_all(family: Family, fields: Fields, n_layers: int) -> Window:
-    """One number, for all layers; null or absent for none."""
-    key = family.keys["sliding_window"]
-    window = None if fields.get(key) is None else fields.integer(key, 1, 1 << 30)
+    """One number, for all layers; null or absent for none. `layer_types`, where given, must say the same."""
+    window = _window(family, fields)
+    expected = LAYER_TYPES[window is not None]
+    kinds = _layer_types(fields, n_layers)
+    if kinds is not None and set(kinds) != {expected}:
+        fields.fail("layer_types", f"found {shown(kinds)}; with sliding_window {window} all are {expected}")
     return window, list(range(n_layers))
+
+
+def _window(family: Family, fields: Fields) -> int | None:
+    key = family.keys["sliding_window"]
+    return None if fields.get(key) is None else fields.integer(key, 1, 1 << 30)
+
+
+def _layer_types(fields: Fields, n_layers: int) -> list[str] | None:
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in LAYER_TYPES for kind in kinds):
+        fields.fail("layer_types", f"found {shown(kinds)}, expected {n_layers} times {' or '.join(LAYER_TYPES)}")
+    return kinds
 
 
 def window_of_some(family: Family, fields: Fields, n_layers: int) -> Window:
@@ -190,14 +210,11 @@ def window_of_some(family: Family, fields: Fields, n_layers: int) -> Window:
     if not fields.flag("use_sliding_window"):
         window, layers = None, list[int]()
     else:
-        window, _ = window_of_all(family, fields, n_layers)
+        window = _window(family, fields)
         layers = list(range(fields.integer("max_window_layers", 0, 1 << 30), n_layers))
-    kinds = fields.get("layer_types")
+    kinds = _layer_types(fields, n_layers)
     if kinds is None:
         return window, layers
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in known for kind in kinds):
-        fields.fail("layer_types", f"found {shown(kinds)}, expected {n_layers} times {' or '.join(known)}")
     layers = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
     if layers and window is None:
         fields.fail("layer_types", "has layers with sliding_attention, but no sliding window is in use")

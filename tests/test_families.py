@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.model_folder import check_config
+from quantize import make_plan
 from quantize.binding import LAYER_SHAPES, OPTIONAL, OUTER_SHAPES
 from quantize.families import FAMILIES, NOT_YET, Family
 from quantize.fields import ROPE_TYPES, Fields, window_of_some
@@ -194,6 +195,40 @@ def test_windows_of_all_layers(kind: str) -> None:
     assert canonical(kind, sliding_window=None) == canonical(kind, sliding_window=128) == SHAPE.config()
     with pytest.raises(ModelFormatError, match="sliding_window: found 0, expected an integer of 1"):
         canonical(kind, sliding_window=0)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "phi3"])
+@pytest.mark.parametrize(
+    ("window", "kinds"),
+    [
+        (16, ["full_attention"] * 3),
+        (16, ["sliding_attention", "full_attention", "sliding_attention"]),
+        (None, ["sliding_attention"] * 3),
+        (16, ["sliding_attention"] * 2),
+        (16, ["else"] * 3),
+        (16, {"a": 1}),
+    ],
+)
+def test_layer_types_that_contradict_the_window(kind: str, window: int | None, kinds: Any) -> None:
+    with pytest.raises(ModelFormatError, match=r"layer_types: found "):
+        canonical(kind, sliding_window=window, layer_types=kinds)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "phi3"])
+def test_layer_types_that_agree_with_the_window(kind: str) -> None:
+    for window, name in ((16, "sliding_attention"), (None, "full_attention")):
+        same_without = canonical(kind, sliding_window=window)
+        assert canonical(kind, sliding_window=window, layer_types=[name] * 3) == same_without
+
+
+def test_yarn_needs_a_base_above_one(tmp_path: Path) -> None:
+    """Refused before anything is converted: what it would become could not be opened."""
+    yarn = {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+    with pytest.raises(
+        ModelFormatError, match=r"rope_theta is 1\.0, expected more than 1 with rope_scaling of type yarn"
+    ):
+        make_plan(open_source(folder_of(tmp_path / "bad", "llama", weights_of(), rope_theta=1.0, **yarn)))
+    make_plan(open_source(folder_of(tmp_path / "good", "llama", weights_of(), rope_theta=1.5, **yarn)))
 
 
 def test_mistrals_default_window() -> None:

@@ -164,6 +164,30 @@ def test_yarn_in_the_keys_of_newer_writers(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("own", "factor"), [(1.0, 2.0), (1.5, 3.0), (None, 2.0 * (0.1 * math.log(4.0) + 1.0))])
+def test_yarns_two_factors_are_multiplied(tmp_path: Path, own: float | None, factor: float) -> None:
+    changes: dict[str, Any] = {
+        "llama.rope.scaling.type": (STRING, "yarn"),
+        "llama.rope.scaling.factor": (F32, 4.0),
+        "llama.rope.scaling.attn_factor": (F32, 2.0),
+        "llama.rope.scaling.yarn_attn_factor": None if own is None else (F32, own),
+    }
+    assert opened(tmp_path, "llama", **changes).config["rope_scaling"]["attention_factor"] == factor
+
+
+def test_finetuned_says_nothing_of_a_llama(tmp_path: Path) -> None:
+    false = {"llama.rope.scaling.finetuned": (make.BOOL, False)}
+    assert opened(tmp_path, "llama", **false).config == SHAPE.config()
+    assert opened(tmp_path, "granite", **{"llama.rope.scaling.finetuned": (make.BOOL, True)}).config == SHAPE.config()
+
+
+@pytest.mark.parametrize("none", [(U32, 0xFFFFFFFF), (make.I32, -1)])
+def test_token_ids_that_mean_none(tmp_path: Path, none: tuple[int, int]) -> None:
+    names = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom")]
+    config = opened(tmp_path, "llama", **dict.fromkeys(names, none)).config
+    assert (config["bos_token_id"], config["eos_token_ids"]) == (None, [])
+
+
 def test_control_tokens_that_end_a_turn(tmp_path: Path) -> None:
     tokens = ["<unk>", "<s>", "</s>", "<|end|>", "<|im_end|>", *(f"w{i}" for i in range(SHAPE.vocab_size - 5))]
     changes: dict[str, Any] = {"tokenizer.ggml.tokens": (make.ARRAY, (STRING, tokens))}
@@ -207,6 +231,12 @@ def test_control_tokens_that_end_a_turn(tmp_path: Path) -> None:
         ("phi3", [], {"llama.rope.dimension_count": (U32, 12)}, r"phi3\.rope\.dimension_count: found 12, expected"),
         ("granite", [], {"llama.residual_scale": (F32, math.nan)}, r"granite\.residual_scale: found nan"),
         ("granite", [], {"llama.logit_scale": (F32, -8.0)}, r"granite\.logit_scale: found -8\.0"),
+        (
+            "granite",
+            [],
+            {"llama.rope.scaling.finetuned": (make.BOOL, False)},
+            r"granite\.rope\.scaling\.finetuned: found False, which means no rotary positions",
+        ),
         ("granite", [], {"llama.expert_count": (U32, 4)}, r"granite\.expert_count: found 4, only 0"),
         ("mistral3", [], {"llama.attention.temperature_scale": (F32, 0.1)}, r"temperature_scale: found 0\.1, only 0"),
         ("clip", [], {}, r"'clip' is not supported: it is the image part of another model"),

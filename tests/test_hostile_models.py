@@ -85,7 +85,7 @@ BAD_GGUF_MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "clamped keys": ({"llama__attention__clamp_kqv": (F32, 8.0)}, r"clamp_kqv: found 8.0, only 0"),
     "attention scale": ({"llama__attention__scale": (F32, -0.5)}, r"attention.scale: found -0.5, expected"),
     "bos beyond the vocabulary": ({"tokenizer__ggml__bos_token_id": (U32, 9)}, r"bos_token_id: found 9, expected .* 8"),
-    "eos of 2^32 - 1": ({"tokenizer__ggml__eos_token_id": (U32, 2**32 - 1)}, r"eos_token_id: found 4294967295"),
+    "eos of 2^32 - 2": ({"tokenizer__ggml__eos_token_id": (U32, 2**32 - 2)}, r"eos_token_id: found 4294967294"),
     "vocabulary of another size": (
         {"tokenizer__ggml__tokens": (ARRAY, (STRING, ["a", "b", "c"]))},
         r"token_embd.weight \(tok_embeddings\): shape \[9, 32\], expected \[3, 32\]",
@@ -218,6 +218,30 @@ BAD_HF_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 4}},
         r"rope_scaling: .* and rope_parameters .* disagree",
     ),
+    "rope_parameters that differ": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+        r"rope_parameters: differs between full_attention and sliding_attention",
+    ),
+    "rope_parameters nested twice": (
+        {"rope_parameters": {"full_attention": {"full_attention": {}}}},
+        r"rope_parameters: differs between full_attention",
+    ),
+    "rope_parameters of other layers": (
+        {"rope_parameters": {"main": {"rope_theta": 1e6}}},
+        r"rope_parameters: found \['main'\], expected either numbers or objects for full_attention and",
+    ),
+    "rope_parameters nested beside numbers": (
+        {"rope_parameters": {"rope_type": "default", "full_attention": {"rope_theta": 1e6}}},
+        r"rope_parameters: found \['rope_type', 'full_attention'\], expected either",
+    ),
+    "rope_parameters without a type": (
+        {"rope_parameters": {"rope_theta": 5e5, "factor": 8, "low_freq_factor": 1}},
+        r"rope_parameters: found 'factor' without a rope_type",
+    ),
+    "rope_scaling without a type": (
+        {"rope_scaling": {"factor": 8}},
+        r"rope_scaling: found 'factor' without a rope_type",
+    ),
     "rope_parameters as list": ({"rope_parameters": []}, r"rope_parameters: found \[\]"),
     "bos beyond the vocabulary": ({"bos_token_id": 9}, r"bos_token_id: found 9, expected an integer of 0 to 8"),
     "eos list with text": ({"eos_token_id": [2, "3"]}, r"eos_token_id: found \[2, '3'\]"),
@@ -330,9 +354,22 @@ def test_bad_shards(tmp_path: Path) -> None:
     refused(open_source, folder, rf"holds tensor '{re.escape(some)}', but .* says 'model-00002")
     index_path.write_text(json.dumps({"weight_map": {k: v for k, v in index["weight_map"].items() if k != some}}))
     refused(open_source, folder, rf"holds tensor '{re.escape(some)}', but .* does not list it")
-    for outside in ("../x.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.bin", 7, None, "a\0.safetensors"):
+    # for the terminal, on two lines, half a letter, too long for a file system
+    strange = ["\x1b[31m.safetensors", "a\n.safetensors", "\ud800.safetensors", "\u00e4" * 122 + ".safetensors"]
+    for outside in (
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a\\b.safetensors",
+        "x.bin",
+        7,
+        None,
+        "a\0.safetensors",
+        *strange,
+    ):
         with_map(**{some: outside})
         refused(open_source, folder, r"expected a .safetensors file in this folder")
+    with_map(**{some: "\u00e4" * 121 + "a.safetensors"})  # 255 bytes
+    refused(open_source, folder, r"a\.safetensors: is missing")
     for nothing in ({}, {"weight_map": {}}, {"weight_map": []}):
         index_path.write_text(json.dumps(nothing))
         refused(open_source, folder, r"weight_map: expected an object")

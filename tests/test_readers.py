@@ -108,6 +108,7 @@ def test_hf_defaults(tmp_path: Path) -> None:
     assert open_source(folder).config == shape.config()
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -128,6 +129,14 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
             {"rope_theta": ..., "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},
             5e5,
             {"rope_type": "llama3", **LLAMA3},
+        ),
+        (
+            {
+                "rope_theta": ...,
+                "rope_parameters": {f"{kind}_attention": LINEAR | {"rope_theta": 7e4} for kind in ("full", "sliding")},
+            },
+            7e4,
+            LINEAR,
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},

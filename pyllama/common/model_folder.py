@@ -169,6 +169,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     scaling = config.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, dict):
         fail("rope_scaling", "null or an object")
+    if scaling and scaling.get("rope_type") == "yarn" and config["rope_theta"] == 1:
+        fail("rope_theta", "more than 1 with rope_scaling of type yarn")
     for key in ("source", "quantization"):  # information only, but shown to people
         about = config.get(key)
         if about is None:

@@ -99,6 +99,12 @@ def _refuse_others(fields: Fields, family: Family) -> None:
     causal = f"{family.architecture}.attention.causal"
     if fields.get(causal) not in (None, True):
         fields.fail(causal, f"found {shown(fields.get(causal))}, only true is supported")
+    # There, and only there, the key says whether there are rotary positions at all.
+    rotary = "granite.rope.scaling.finetuned"
+    if family.architecture == "granite" and fields.get(rotary) not in (None, True):
+        fields.fail(
+            rotary, f"found {shown(fields.get(rotary))}, which means no rotary positions; only true is supported"
+        )
 
 
 def _check_repetitions(fields: Fields, family: Family, config: dict[str, Any]) -> None:
@@ -190,11 +196,16 @@ class _Rope:
         original = self._original()
         if original is not None:
             out["original_max_position_embeddings"] = original
+        # yarn_attn_factor is where converters put Hugging Face's attention_factor, which replaces YaRN's own factor;
+        # attn_factor multiplies whichever of both holds.
         extra = self._number("attn_factor", 1.0)
-        if extra != 1.0:  # there it multiplies YaRN's own factor, in Hugging Face's config it replaces it
-            out["attention_factor"] = extra * (0.1 * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0)
+        own = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0
+        given = self.fields.get(self.prefix + "yarn_attn_factor") is not None
+        if given:
+            own = self.fields.number(self.prefix + "yarn_attn_factor", 1e-6, 1e6)
+        if given or extra != 1.0:
+            out["attention_factor"] = extra * own
         names = {
-            "attention_factor": "yarn_attn_factor",
             "beta_fast": "yarn_beta_fast",
             "beta_slow": "yarn_beta_slow",
         }

@@ -17,6 +17,7 @@ from typing import Any
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import shown
 
+from ..fields import NO_TOKEN
 from .sentencepiece_proto import Piece, model_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -328,10 +329,7 @@ def _merges(metadata: dict[str, Any], vocab: dict[str, int]) -> list[list[str]]:
 def _token_id(metadata: dict[str, Any], name: str, n_tokens: int) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     index = metadata.get(key)
-    if index is None:
-        return None
-    # All ones is how some converters write "none" into an unsigned number.
-    if index in (-1, 0xFFFFFFFF):
+    if index is None or index in NO_TOKEN:
         return None
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n_tokens:
         raise ModelFormatError(f"{key}: expected an id from 0 to {n_tokens - 1}, found {shown(index)}")

@@ -16,7 +16,7 @@ from pyllama.common.reader import shown
 
 from ..binding import BIASES
 from ..families import Family, find_family
-from ..fields import LIMITS, Fields, base_config, check_rope_lists, check_rope_scaling, tensor_factors
+from ..fields import LAYER_TYPES, LIMITS, Fields, base_config, check_rope_lists, check_rope_scaling, tensor_factors
 
 # A key that matches speaks of the computation. Unless the family knows it, or it is one of those that change nothing
 # beside what is known, its value must be one that changes nothing.
@@ -58,21 +58,19 @@ def read_hf_config(raw: Mapping[str, Any], where: str) -> HfConfig:
     if names is not None and not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
         raise ModelFormatError(f"{where}: architectures: found {shown(names)}, expected a list of one name")
     family = find_family("safetensors", names[0] if names else None, raw.get("model_type"), where)
-    rope = raw.get("rope_parameters")
-    if rope is not None and not isinstance(rope, dict):
-        raise ModelFormatError(f"{where}: rope_parameters: found {shown(rope)}, expected an object")
+    rope = _rope_parameters(raw.get("rope_parameters"), f"{where}: rope_parameters")
     values = dict(raw)
-    if rope and rope.get("rope_theta") is not None:
+    if rope.get("rope_theta") is not None:
         values["rope_theta"] = rope["rope_theta"]
     fields = Fields(values, where, family.defaults)
-    scaling = _rope_scaling(family, fields, raw.get("rope_scaling"), rope or {})
+    scaling = _rope_scaling(family, fields, raw.get("rope_scaling"), rope)
     if scaling is not None and scaling["rope_type"] == "dynamic":
         longest = int(scaling["factor"] * scaling[_ORIGINAL])
         values["max_position_embeddings"] = min(max(longest, 1), LIMITS["max_seq_len"])
     config = base_config(family, fields)
     config["rope_scaling"] = scaling
     check_rope_lists(config, f"{where}: rope_scaling")
-    _refuse_variants(family, fields, config, rope or {})
+    _refuse_variants(family, fields, config, rope)
     config["tied_embeddings"] = fields.flag("tie_word_embeddings")
     config["bos_token_id"] = fields.token("bos_token_id", config["vocab_size"])
     config["eos_token_ids"] = fields.tokens("eos_token_id", config["vocab_size"])
@@ -81,22 +79,50 @@ def read_hf_config(raw: Mapping[str, Any], where: str) -> HfConfig:
     return HfConfig(family, config, frozenset(family.optional) | frozenset(biases), tensor_factors(family, fields))
 
 
+def _rope_parameters(rope: Any, where: str) -> dict[str, Any]:
+    """transformers 5's object; one that has an object for each kind of layer is read if all of these are the same."""
+    if rope is None:
+        return {}
+    if not isinstance(rope, dict):
+        raise ModelFormatError(f"{where}: found {shown(rope)}, expected an object")
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if not nested:
+        return rope
+    first: dict[str, Any] = rope[nested[0]]
+    if len(nested) < len(rope) or not set(nested) <= set(LAYER_TYPES):
+        known = " and ".join(LAYER_TYPES)
+        raise ModelFormatError(f"{where}: found {shown(list(rope))}, expected either numbers or objects for {known}")
+    if any(isinstance(value, dict) for value in first.values()) or any(rope[key] != first for key in nested):
+        raise ModelFormatError(f"{where}: differs between {' and '.join(nested)}, which is not supported")
+    return first
+
+
 def _rope_scaling(family: Family, fields: Fields, older: Any, newer: Mapping[str, Any]) -> dict[str, Any] | None:
     """The scaling in `rope_scaling` or in the newer `rope_parameters`, which holds the base too; both must agree."""
     scaling = _one_scaling(family, fields, older, "rope_scaling")
-    if "rope_type" not in newer and "type" not in newer:
-        return scaling
     given = {key: value for key, value in newer.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if "rope_type" not in newer and "type" not in newer:
+        _refuse_untyped(fields, given, "rope_parameters")
+        return scaling
     newer_scaling = _one_scaling(family, fields, given, "rope_parameters")
     if older is not None and scaling != newer_scaling:
         fields.fail("rope_scaling", f"{shown(older)} and rope_parameters {shown(given)} disagree")
     return newer_scaling
 
 
+def _refuse_untyped(fields: Fields, scaling: Mapping[str, Any], key: str) -> None:
+    """Without a type nothing is scaled, so that numbers for it would be lost without a word."""
+    for name, value in scaling.items():
+        if value is not None:
+            fields.fail(key, f"found {shown(name)} without a rope_type; say which scaling is meant, or none")
+
+
 def _one_scaling(family: Family, fields: Fields, scaling: Any, key: str) -> dict[str, Any] | None:
     """One of the two, checked. What the context was before it was stretched may stand outside of it, or be the
     model's own; a factor may be left to follow from both."""
     where = f"{fields.where}: {key}"
+    if isinstance(scaling, dict) and "rope_type" not in scaling and "type" not in scaling:
+        _refuse_untyped(fields, scaling, key)
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
     kind = family.rope_types.get(kind, kind) if isinstance(kind, str) else None
     if kind not in ("dynamic", "llama3", "yarn", "longrope"):

@@ -19,6 +19,7 @@ from .torch_file import read_torch
 
 MAX_INDEX_BYTES = 1 << 24
 MAX_SHARDS = 4096
+MAX_NAME_BYTES = 255  # what file systems allow
 
 
 def _safetensors(path: Path) -> dict[str, Rows]:
@@ -91,14 +92,20 @@ def _read_index(path: Path, suffix: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFormatError(f"{path}: weight_map: expected an object that maps tensors to files")
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name.endswith(suffix) and not set(name) & set("/\\\0")
-        if not plain:
+        if not _is_file_name(name, suffix):
             raise ModelFormatError(
                 f"{path}: {shown(tensor)} lies in {shown(name)}, expected a {suffix} file in this folder"
             )
     if len(set(weight_map.values())) > MAX_SHARDS:
         raise ModelFormatError(f"{path}: lists {len(set(weight_map.values()))} files, at most {MAX_SHARDS} are allowed")
     return weight_map
+
+
+def _is_file_name(name: object, suffix: str) -> bool:
+    """A name in this folder that can be looked for and shown as it is: nothing that moves a terminal's cursor."""
+    if not isinstance(name, str) or not name.endswith(suffix) or set(name) & set("/\\"):
+        return False
+    return name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def _load(container: _Container, paths: list[Path], index: dict[str, str] | None) -> dict[str, Rows]:
