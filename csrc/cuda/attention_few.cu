@@ -307,7 +307,10 @@ Kernel kernel_of(int blocks) {
 }
 
 int splits_of(const AttendShape& shape) { return (shape.max_keys + kSplitTok - 1) / kSplitTok; }
-int total_splits_of(const AttendShape& shape) { return shape.n_pages / kSplitPages + shape.n_spans; }
+// Where the last span ends: ⌊p/4⌋ + ⌈n/4⌉ ≤ ⌈(p + n)/4⌉.
+int total_splits_of(const AttendShape& shape) {
+  return (shape.n_pages + kSplitPages - 1) / kSplitPages + std::max(shape.n_spans - 1, 0);
+}
 int row_tiles_of(const CacheLayout& cache, const AttendShape& shape) {
   return (shape.max_span_tok * (shape.n_heads / cache.n_kv_heads) + kTileRows - 1) / kTileRows;
 }

@@ -128,7 +128,8 @@ void CudaModel::begin(const Step& step) {
   running_ = true;
   choose_shape(step);
   AttendShape largest = shape_;  // so that the room seldom grows, which frees memory and loses the graphs
-  largest.n_pages = pages_bucket(shape_.n_pages);
+  const auto longest = static_cast<int>(pages_for(keys_bucket(shape_.max_keys)));
+  largest.n_pages = pages_bucket(std::max(shape_.n_pages, longest));
   const AttendRoom need = attend_room(cache_, largest);
   if (!room_.fits(need)) {
     graphs_.clear();  // they know the old room
