@@ -273,7 +273,7 @@ FAMILIES = (
         architecture="llama",
         container="meta",
         model_type="llama",
-        keys={name: name for name in _HF_KEYS},  # readers/meta.py fills in what params.json leaves out
+        keys={name: name for name in _HF_KEYS} | _HF_WINDOW,  # readers/meta.py fills in what params.json leaves out
         layer={
             "attn_norm": "layers.{i}.attention_norm.weight",
             "wq": "layers.{i}.attention.wq.weight",
@@ -289,6 +289,7 @@ FAMILIES = (
         interleaved=True,
         ignored=("rope.freqs", "layers.{i}.attention.inner_attention.rope.freqs"),
         defaults={"norm_eps": 1e-5, "rope_theta": 10000.0},
+        window=window_of_all,  # Mistral 7B v0.1
     ),
 )
 

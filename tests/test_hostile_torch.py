@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.reader import shown
 from quantize.readers import pickles
 from quantize.readers.pickles import MAX_TEXT_BYTES
 from quantize.readers.torch_file import read_torch
@@ -281,6 +282,14 @@ BAD_PICKLES: dict[str, tuple[bytes, str]] = {
     "negative side": (one(T, 0, (-2, -3), (3, 1), *REST), r"shape: expected numbers from 0 up"),
     "negative stride": (one(T, 5, (2, 3), (-3, 1), *REST), r"strides: expected numbers from 0 up"),
     "side that is a float": (one(T, 0, (2.0, 3), (3, 1), *REST), r"shape: expected numbers from 0 up, found 2.0"),
+    "side that is a tuple in tuples": (
+        one(T, 0, Raw(b")" + b"\x85" * 5001), (1,), *REST),
+        r"shape: expected numbers from 0 up, found tuple",
+    ),
+    "side that would be printed for ever": (
+        one(T, 0, Raw(b")" + b"q\0h\0\x86" * 60), (1,), *REST),
+        r"shape: expected numbers from 0 up, found tuple, tuple",
+    ),
     "side that is true": (one(T, 0, (True, 3), (3, 1), *REST), r"shape: expected numbers"),
     "shape that is a list": (one(T, 0, [2, 3], (3, 1), *REST), r"shape: a list, expected a tuple"),
     "shape of nine sides": (one(T, 0, (1,) * 9, (1,) * 9, *REST), r"a tuple of at most 8"),
@@ -293,6 +302,36 @@ BAD_PICKLES: dict[str, tuple[bytes, str]] = {
         r"_rebuild_parameter: 3 arguments",
     ),
 }
+
+
+def test_a_storage_is_no_model_of_many_tensors(tmp_path: Path) -> None:
+    """A few bytes of pickle must not make a tensor: what is written would have no bound."""
+    place = storage("0", 2048)
+    path = tmp_path / "many.bin"
+
+    def write(**items: Any) -> None:
+        path.write_bytes(TorchFile(state(**items), {"0": bytes(4 * 2048)}).bytes())
+
+    write(a=tensor(place, (32, 64)), b=tensor(place, (32, 64)))  # a head that is the embedding
+    assert list(read_torch(path)) == ["a", "b"]
+    write(**{f"t{i}": tensor(place, (16, 64), offset=512 * (i % 3)) for i in range(5)})
+    refused(read_torch, path, r"tensor 't4' and others before it take 5120 numbers of storage '0', which holds 2048")
+    table = TorchFile(state(**{f"t{i}": tensor(T, (6,)) for i in range(100)}), {"0": bytes(24)})
+    path.write_bytes(table.bytes())  # rotary frequencies that all layers share
+    assert len(read_torch(path)) == 100
+
+
+def test_messages_show_a_bounded_part_of_what_is_nested() -> None:
+    deep: Any = ()
+    for _ in range(100_000):
+        deep = (deep,)
+    wide: Any = "x"
+    for _ in range(60):
+        wide = [wide, {"a": wide}]
+    for value in (deep, wide, list(range(1 << 20)), dict.fromkeys(range(1000), "y" * 1000)):
+        assert len(shown(value)) <= 81
+    assert shown(["é\n", 1, None, {"a": [2.5]}]) == r"['\xe9\n', 1, None, {'a': [2.5]}]"
+    assert shown("é" * 100) == "'" + r"\xe9" * 19 + "\\xe…"
 
 
 @pytest.mark.parametrize("defect", BAD_PICKLES)

@@ -244,6 +244,9 @@ def test_what_params_json_leaves_out(tmp_path: Path) -> None:
     assert context(rope_theta=500000.0, use_scaled_rope=True) == 131072  # Llama 3.1 and later
     config = with_params(tmp_path, vocab_size=SHAPE.vocab_size, norm_eps=...)
     assert (config["norm_eps"], config["rope_theta"], config["rope_scaling"]) == (1e-5, 10000.0, None)
+    window = with_params(tmp_path, max_seq_len=..., sliding_window=24)  # Mistral 7B v0.1
+    assert (window["sliding_window"], window["max_seq_len"]) == (24, 32768)
+    assert "sliding_window" not in with_params(tmp_path, sliding_window=None)
     scaling = with_params(tmp_path, use_scaled_rope=True)["rope_scaling"]
     assert scaling == {
         "rope_type": "llama3",
@@ -254,6 +257,35 @@ def test_what_params_json_leaves_out(tmp_path: Path) -> None:
     }
     assert with_params(tmp_path, use_scaled_rope=True, rope_scaling_factor=16)["rope_scaling"]["factor"] == 16.0
     assert with_params(tmp_path, Shape(n_kv_heads=4), n_kv_heads=...)["n_kv_heads"] == 4
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-6])
+@pytest.mark.parametrize(
+    ("frequencies", "context"), [("layers.0.attention.inner_attention.rope.freqs", 2048), ("rope.freqs", 4096)]
+)
+def test_llama_1_and_2_differ_in_where_they_keep_the_frequencies(
+    tmp_path: Path, frequencies: str, context: int, epsilon: float
+) -> None:
+    """Llama-2-7b-chat has LLaMA 1's params.json."""
+    (shard,) = meta_shards(SHAPE, WEIGHTS)
+    shard[frequencies] = np.ones(8, np.float32)
+    params = meta_params(SHAPE, max_seq_len=..., norm_eps=epsilon)
+    assert open_source(write_meta_folder(tmp_path, params, [shard])).config["max_seq_len"] == context
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+@pytest.mark.parametrize(
+    "name", ["tok_embeddings.weight", "output.weight", "norm.weight"]
+    + [f"layers.0.attention.{part}.weight" for part in ("wq", "wo")]
+    + [f"layers.0.{part}.weight" for part in ("feed_forward.w2", "attention_norm")],
+)  # fmt: skip
+def test_tensors_of_other_dimensions(tmp_path: Path, name: str, shape: tuple[int, ...], shards: int) -> None:
+    parts = meta_shards(SHAPE, WEIGHTS, shards)
+    for part in parts:
+        part[name] = np.ones(shape, np.float32)
+    folder = write_meta_folder(tmp_path / "meta", meta_params(SHAPE), parts)
+    refused(open_source, folder, rf"tensor .*{name}.* shape \[{', '.join(map(str, shape))}\]")
 
 
 @pytest.mark.parametrize(

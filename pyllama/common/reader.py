@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import re
+import reprlib
 import stat
 import struct
 from collections.abc import Callable, Iterator
@@ -32,9 +33,21 @@ _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
 def shown(text: object, limit: int = 80) -> str:
-    """`text` from an untrusted file, safe to print on one line: quoted, escaped and cut."""
-    quoted = ascii(text[:limit] if isinstance(text, (str, bytes)) else text)
+    """`text` from an untrusted file, safe to print on one line: quoted, escaped and cut.
+
+    Of lists, tuples and dicts no more is looked at than could be shown, however deep or often they hold each other.
+    """
+    quoted = ascii(text[:limit]) if isinstance(text, (str, bytes)) else _nested(limit).repr(text)
+    quoted = quoted.encode("ascii", "backslashreplace").decode()
     return quoted if len(quoted) <= limit else quoted[:limit] + "…"
+
+
+def _nested(limit: int) -> reprlib.Repr:
+    out = reprlib.Repr()
+    out.maxlevel = 3
+    out.maxtuple = out.maxlist = out.maxdict = out.maxset = out.maxfrozenset = out.maxdeque = out.maxarray = 16
+    out.maxstring = out.maxlong = out.maxother = 2 * limit
+    return out
 
 
 _recorder: ContextVar[list[BoundedFile] | None] = ContextVar("_recorder", default=None)

@@ -40,7 +40,7 @@ _MATRIX = re.compile(r"layers\.\d+\.(?:attention|feed_forward)\.(\w+)\.weight")
 # How far copies of a norm may differ, of its largest number, before the files are said to be of different models.
 _NORM_TOLERANCE = 0.01
 # What params.json may ask for that this version cannot compute.
-_UNKNOWN = ("quantization_args", "lora_args", "moe_args", "moe", "vision_model", "sliding_window", "use_qk_norm")
+_UNKNOWN = ("quantization_args", "lora_args", "moe_args", "moe", "vision_model", "use_qk_norm")
 
 
 def open_meta(folder: Path) -> Source:
@@ -220,7 +220,7 @@ def _config(params: Mapping[str, Any], stored: Mapping[str, Rows], tied: bool, w
     if params.get("hidden_dim") is None:
         values["hidden_dim"] = _hidden_dim(fields)
     if params.get("max_seq_len") is None:
-        values["max_seq_len"] = _context(fields)
+        values["max_seq_len"] = _context(fields, stored)
     config = base_config(family, Fields(values, where, family.defaults))
     config["tied_embeddings"] = tied
     config["rope_scaling"] = _rope_scaling(fields, tied)
@@ -237,17 +237,24 @@ def _hidden_dim(fields: Fields) -> int:
     return multiple * math.ceil(hidden / multiple)
 
 
-def _context(fields: Fields) -> int:
-    """The context that the model was trained for: by its scaling (3.1 up), its rope base (Code Llama, 3), or its
-    epsilon, which is 1e-6 in all of LLaMA 1 but its largest, and 1e-5 in LLaMA 2.
+def _context(fields: Fields, stored: Mapping[str, Rows]) -> int:
+    """The context that the model was trained for: by its scaling (3.1 up), its rope base (Code Llama, 3), its window
+    (Mistral 7B v0.1), or where its files keep the rotary frequencies: LLaMA 1 in each layer, LLaMA 2 once. Files
+    without them are told apart by their epsilon, 1e-6 in all of LLaMA 1 but its largest; LLaMA 2 has both.
     """
     if fields.flag("use_scaled_rope"):
         return 131072
+    if fields.get("sliding_window") is not None:
+        return 32768
     theta = fields.number("rope_theta", 1.0, 1e12)
     if theta >= 1e6:
         return 16384
     if theta >= 5e5:
         return 8192
+    if "layers.0.attention.inner_attention.rope.freqs" in stored:
+        return 2048
+    if "rope.freqs" in stored:
+        return 4096
     is_largest_first = fields.integer("dim", 1, 1 << 17) >= 8192 and fields.get("n_kv_heads") is None
     return 2048 if fields.number("norm_eps", 1e-12, 1.0) < 9e-6 or is_largest_first else 4096
 

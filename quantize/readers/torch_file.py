@@ -26,6 +26,7 @@ from .source import DENSE_TYPES, Array, Grid, Index, Rows, StoredTensor, StoredT
 from .zip_stored import Entry, read_zip
 
 MAX_DIMENSIONS = 8
+MAX_SHARED = 1 << 10  # numbers of a storage that any number of tensors may share
 
 # torch's storage classes -> the name of a number there and its bytes; DENSE_TYPES says which of them a model may have.
 _STORAGES = {
@@ -184,7 +185,9 @@ class _TorchFile:
         found = read_pickle(data, f"{file.path}: data.pkl", self._names(), self._storage)
         if type(found) is not dict:
             file.fail(f"holds a {describe(found)}, expected a dict of tensors; save model.state_dict()")
-        return {self._checked_name(name, value): self._rows(name, value) for name, value in found.items()}
+        tensors = {self._checked_name(name, value): value for name, value in found.items()}
+        self._check_shared(tensors)
+        return {name: self._rows(name, tensor) for name, tensor in tensors.items()}
 
     def _small(self, name: str, default: bytes) -> bytes:
         """An entry of a few bytes."""
@@ -230,6 +233,21 @@ class _TorchFile:
             )
         return name
 
+    def _check_shared(self, tensors: dict[str, _Tensor]) -> None:
+        """Raises where a small file would become a large model: every number may belong to two tensors on the average,
+        as with a head that is the embedding; small storages, such as tables of all layers, to any number of them.
+        """
+        used: dict[str, int] = {}
+        for name, tensor in tensors.items():
+            storage = tensor.storage
+            used[storage.key] = used.get(storage.key, 0) + math.prod(tensor.shape)
+            if storage.count > MAX_SHARED and used[storage.key] > 2 * storage.count:
+                self._file.fail(
+                    f"tensor {shown(name)} and others before it take {used[storage.key]} numbers of storage"
+                    f" {shown(storage.key)}, which holds {storage.count}; expected at most each twice, so save them"
+                    " with .clone()"
+                )
+
     def _rows(self, name: str, tensor: _Tensor) -> Rows:
         storage = tensor.storage
         kind = DENSE_TYPES.get(storage.type_name)
@@ -269,7 +287,8 @@ def _tensor(arguments: tuple[Any, ...]) -> _Tensor:
         if type(numbers) is not tuple or len(numbers) > MAX_DIMENSIONS:
             raise ModelFormatError(f"{what}: a {describe(numbers)}, expected a tuple of at most {MAX_DIMENSIONS}")
         if any(type(number) is not int or number < 0 for number in numbers):
-            raise ModelFormatError(f"{what}: expected numbers from 0 up, found {', '.join(map(shown, numbers))}")
+            found = ", ".join(shown(number) if type(number) in (int, float) else describe(number) for number in numbers)
+            raise ModelFormatError(f"{what}: expected numbers from 0 up, found {found}")
     if len(shape) != len(strides):
         raise ModelFormatError(f"a shape of {len(shape)} numbers with {len(strides)} strides")
     if 0 in shape or math.prod(shape) > storage.count:
