@@ -39,8 +39,8 @@ Prompt = str | Sequence[int]
 class LLM:
     """A LLaMA model, ready to run.
 
-    `path`: a model folder, a foreign checkpoint (GGUF file, Hugging Face folder: converted once into the cache), or
-    "demo". `n_ctx`: tokens of prompt and reply together, by default all that the model was
+    `path`: a model folder, a foreign checkpoint (GGUF file, Hugging Face folder, folder of Meta's: converted once
+    into the cache), or "demo". `n_ctx`: tokens of prompt and reply together, by default all that the model was
     made for. `threads`: by default one per physical core that this process may use. `mmap=False` reads the weights
     instead of mapping them (a mapped file must not shrink while it is used). `format`: what a foreign checkpoint is
     converted to. `kv_dtype`: what keys and values are kept in, "f16", or "q8" for about half the memory

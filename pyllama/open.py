@@ -73,7 +73,7 @@ class OpenedModel:
 
 
 def open_model(path: str | os.PathLike[str], *, mmap: bool = True, format: str | None = None) -> OpenedModel:
-    """Opens a model folder, a .gguf file, a Hugging Face folder, or "demo".
+    """Opens a model folder, a checkpoint (.gguf file, Hugging Face or Meta folder, weight file in one), or "demo".
 
     `mmap=False` reads the weights into memory. `format` is what a foreign checkpoint is converted to; by default f16
     and bf16 become q8, and what already lies on one of our grids is repacked (docs/GGUF.md). Raises FileNotFoundError,
@@ -112,7 +112,8 @@ def _not_found(name: str) -> str:
             f"{name}: no such file or folder; it looks like a hub's name: `pyllama download {name}` fetches it, and"
             " models are opened from local files only"
         )
-    return f'{name}: no such file or folder; expected a model folder, a .gguf file, a Hugging Face folder, or "{DEMO}"'
+    known = f'a model folder, a .gguf file, a Hugging Face folder, a folder of Meta\'s, or "{DEMO}"'
+    return f"{name}: no such file or folder; expected {known}"
 
 
 # -------------------------------------------------------------------------------- our own folder

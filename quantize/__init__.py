@@ -1,4 +1,4 @@
-"""Converts LLaMA checkpoints (Hugging Face folders, GGUF files) into pyllama's model folders.
+"""Converts LLaMA checkpoints (Hugging Face's and Meta's folders, GGUF files) into pyllama's model folders.
 
 `convert` is the whole of it; the `quantize` command is cli.py. Needs numpy and nothing of pyllama but pyllama.common:
 neither the compiled extension nor a deep-learning framework.

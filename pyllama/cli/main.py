@@ -18,7 +18,8 @@ from .options import UsageError
 from .terminal import safe
 
 _EPILOG = """\
-MODEL is a model folder, a .gguf file, a Hugging Face folder, or "demo" (also when left out).
+MODEL is a model folder, a .gguf file, a Hugging Face folder, a folder of Meta's (params.json and
+consolidated.NN.pth), or "demo" (also when left out).
 exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted by Ctrl-C
 environment: PYLLAMA_ISA chooses the kernels (see `pyllama doctor`), PYLLAMA_DEBUG=1 shows tracebacks,
 XDG_CACHE_HOME and XDG_STATE_HOME move converted models and the chat's history

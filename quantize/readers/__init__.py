@@ -27,7 +27,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     path = Path(path)
     if not os.path.lexists(path):  # also a path with a NUL in it
-        raise ModelFormatError(f"{path}: does not exist; expected a .gguf file or a Hugging Face folder")
+        raise ModelFormatError(f"{path}: does not exist; expected a .gguf file, a Hugging Face folder or Meta's")
     with recorded_files() as files:
         source = _open_folder(path) if path.is_dir() else _open_file(path)
     return replace(source, files=tuple(files))
@@ -37,7 +37,7 @@ def _open_file(path: Path) -> Source:
     with BoundedFile(path) as file:
         magic = file.read_at(0, min(file.size, 4))
     if not magic:
-        raise ModelFormatError(f"{path}: is empty; expected a .gguf or .safetensors file")
+        raise ModelFormatError(f"{path}: is empty; expected a .gguf, .safetensors, .pth or .bin file")
     if magic in (b"GGUF", b"FUGG") or path.suffix == ".gguf":
         from .gguf import open_gguf
 

@@ -78,7 +78,7 @@ def test_an_error_is_one_line_and_1(command: list[str], capsys: Captured, monkey
     assert said.out == ""
     assert said.err == (
         "pyllama: nowhere.gguf: no such file or folder; expected a model folder, a .gguf file, a Hugging Face folder, "
-        'or "demo"\n'
+        'a folder of Meta\'s, or "demo"\n'
     )
     monkeypatch.setenv("PYLLAMA_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
