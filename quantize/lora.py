@@ -23,6 +23,7 @@ from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import parse_json, read_bytes, recorded_files, shown
 from pyllama.common.safetensors import read_safetensors
 
+from .readers.hf_weights import safetensors_rows
 from .readers.source import DENSE_TYPES, Index, Rows, Source, SourceTensor, StoredTensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -170,11 +171,7 @@ def open_adapter(path: str | os.PathLike[str], factor: float = 1.0) -> Adapter:
     description = read_bytes(folder / CONFIG, MAX_CONFIG_BYTES, CONFIG)
     config = _Config(parse_json(description, str(folder / CONFIG)), str(folder / CONFIG))
     file = read_safetensors(weights)
-    stored = {
-        name: StoredTensor(file.file, name, i.dtype, DENSE_TYPES.get(i.dtype), i.shape, i.start, i.end - i.start)
-        for name, i in file.tensors.items()
-    }
-    modules, whole = _sort(stored, str(weights))
+    modules, whole = _sort(safetensors_rows(file), str(weights))
     updates = {module: _update(module, parts, config, factor) for module, parts in modules.items()}
     digest = hashlib.sha256(description)
     digest.update(file.file.read_at(0, min(file.file.size, 1 << 20)))

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.tokenizer import Tokenizer
+from quantize.readers.byte_level_bpe import PRE_TOKENIZERS
 from quantize.readers.gguf_file import read_gguf
-from quantize.readers.gguf_vocab import PRE_TOKENIZERS, tokenizer_files
+from quantize.readers.gguf_vocab import tokenizer_files
 
 from .helpers_tokenizer import (
     SPECIAL,

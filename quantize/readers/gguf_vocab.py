@@ -2,22 +2,20 @@
 
 A byte-level BPE vocabulary ("gpt2") becomes a tokenizer.json, a SentencePiece one ("llama") a tokenizer.model
 (sentencepiece_proto.py); both with a tokenizer_config.json that names the special tokens and holds the chat template.
-GGUF names the rule that cuts a text into words (`tokenizer.ggml.pre`) but does not carry it: the rules here are those
-of the models' own published tokenizer.json, and a name that is not in the table is an error, because a nearly right
-rule gives wrong ids silently. The metadata is untrusted: everything is checked, nothing is run. Other kinds of
-vocabulary (WordPiece, Unigram) are errors.
+GGUF names the rule that cuts a text into words (`tokenizer.ggml.pre`) but does not carry it: a name that is not in the
+table of byte_level_bpe.py is an error, because a nearly right rule gives wrong ids silently. The metadata is untrusted:
+everything is checked, nothing is run. Other kinds of vocabulary (WordPiece, Unigram) are errors.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from typing import Any
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import shown
 
 from ..fields import NO_TOKEN
+from .byte_level_bpe import PRE_TOKENIZERS, PreTokenizer, to_json, tokenizer_json
 from .sentencepiece_proto import Piece, model_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -28,64 +26,6 @@ MAX_TOKENS = 4_000_000
 MAX_MERGES = 8_000_000
 MAX_TOKEN_CHARS = 65_536
 MAX_TEMPLATE_CHARS = 1 << 20
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# What a GGUF means by "default": four cuts, one after the other.
-_DEFAULT = (
-    r"[\p{P}\$\+<=>\^~\|]+",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
-    r"\p{N}+",
-    r"[0-9][0-9][0-9]",
-)
-
-
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _splits(*patterns: str) -> list[dict[str, Any]]:
-    cuts = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
-    return [*cuts, _byte_level(use_regex=False)]
-
-
-_DIGITS_GPT2 = [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)]
-
-
-@dataclass(frozen=True)
-class _PreTokenizer:
-    """How a family cuts words. `ignore_merges`: a word that is a token is taken whole. `add_bos`: when the file does
-    not say."""
-
-    steps: list[dict[str, Any]]
-    ignore_merges: bool = False
-    add_bos: bool = False
-    normalizer: str | None = None
-
-
-_LLAMA3_RULE = _PreTokenizer(_splits(_LLAMA3), ignore_merges=True, add_bos=True)
-_QWEN2_RULE = _PreTokenizer(_splits(_QWEN2), normalizer="NFC")
-
-PRE_TOKENIZERS = {
-    "gpt-2": _PreTokenizer([_byte_level(use_regex=True)]),
-    "default": _PreTokenizer(_splits(*_DEFAULT)),
-    "smollm": _PreTokenizer(_DIGITS_GPT2),
-    "starcoder": _PreTokenizer(_DIGITS_GPT2),
-    "refact": _PreTokenizer(_DIGITS_GPT2),
-    "llama-bpe": _LLAMA3_RULE,
-    "llama-v3": _LLAMA3_RULE,
-    "llama3": _LLAMA3_RULE,
-    "dbrx": _PreTokenizer(_splits(_LLAMA3)),  # also Phi-4 and Granite 4: the rule of OpenAI's cl100k
-    "qwen2": _QWEN2_RULE,
-    "deepseek-r1-qwen": _QWEN2_RULE,  # Qwen2's vocabulary with other special tokens
-    "tekken": _PreTokenizer(_splits(_TEKKEN), ignore_merges=True, add_bos=True),
-}
 
 
 def tokenizer_files(metadata: dict[str, Any]) -> dict[str, bytes]:
@@ -145,29 +85,14 @@ def _bpe_files(metadata: dict[str, Any]) -> dict[str, bytes]:
         if token_type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     config = _config(metadata, tokens, rule.add_bos) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": rule.normalizer} if rule.normalizer else None,
-        "pre_tokenizer": rule.steps[0] if len(rule.steps) == 1 else {"type": "Sequence", "pretokenizers": rule.steps},
-        "post_processor": _post_processor(config, vocab),
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": rule.ignore_merges,
-            "vocab": vocab,
-            "merges": _merges(metadata, vocab),
-        },
-    }
-    return {"tokenizer.json": _json(document), "tokenizer_config.json": _json(config)}
+    document = tokenizer_json(
+        rule,
+        vocab=vocab,
+        merges=_merges(metadata, vocab),
+        added_tokens=added,
+        post_processor=_post_processor(config, vocab),
+    )
+    return {"tokenizer.json": document, "tokenizer_config.json": to_json(config)}
 
 
 def _sentencepiece_files(metadata: dict[str, Any]) -> dict[str, bytes]:
@@ -207,7 +132,7 @@ def _sentencepiece_files(metadata: dict[str, Any]) -> dict[str, bytes]:
     config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}
     if metadata.get("general.architecture") == "phi3":
         config["added_tokens_decoder"] = _phi3_tokens(tokens, types)
-    return {"tokenizer.model": proto, "tokenizer_config.json": _json(config)}
+    return {"tokenizer.model": proto, "tokenizer_config.json": to_json(config)}
 
 
 def _phi3_tokens(tokens: list[str], types: list[int]) -> dict[str, Any]:
@@ -247,7 +172,7 @@ def _check_sentencepiece(metadata: dict[str, Any], tokens: list[str], types: lis
         )
 
 
-def _pre_tokenizer(metadata: dict[str, Any]) -> _PreTokenizer:
+def _pre_tokenizer(metadata: dict[str, Any]) -> PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre")
     if name is None:
         raise ModelFormatError(
@@ -392,7 +317,3 @@ def _post_processor(config: dict[str, Any], vocab: dict[str, int]) -> dict[str, 
         "pair": around("A", 0) + around("B", 1),
         "special_tokens": special,
     }
-
-
-def _json(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, ensure_ascii=False).encode("utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import read_json, shown
-from pyllama.common.safetensors import read_safetensors
+from pyllama.common.safetensors import SafetensorsFile, read_safetensors
 
 from .source import DENSE_TYPES, Rows, StoredTensor
 from .torch_file import read_torch
@@ -22,8 +22,8 @@ MAX_SHARDS = 4096
 MAX_NAME_BYTES = 255  # what file systems allow
 
 
-def _safetensors(path: Path) -> dict[str, Rows]:
-    file = read_safetensors(path)
+def safetensors_rows(file: SafetensorsFile) -> dict[str, StoredTensor]:
+    """The tensors of an opened file; what is no number of ours is not `supported`."""
     return {
         name: StoredTensor(
             file.file, name, info.dtype, DENSE_TYPES.get(info.dtype), info.shape, info.start, info.end - info.start
@@ -44,7 +44,11 @@ class _Container:
 
 
 _SAFETENSORS = _Container(
-    "model.safetensors", "model.safetensors.index.json", ".safetensors", "*.safetensors", _safetensors
+    "model.safetensors",
+    "model.safetensors.index.json",
+    ".safetensors",
+    "*.safetensors",
+    lambda path: safetensors_rows(read_safetensors(path)),
 )
 _TORCH = _Container("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", "pytorch_model*.bin", read_torch)
 

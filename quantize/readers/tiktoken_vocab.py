@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from typing import Any
 
@@ -19,7 +18,7 @@ from pyllama.common.errors import ModelFormatError
 from pyllama.common.named_templates import NAMED_TEMPLATES
 from pyllama.common.reader import shown
 
-from .gguf_vocab import PRE_TOKENIZERS
+from .byte_level_bpe import PRE_TOKENIZERS, to_json, tokenizer_json
 
 MAX_TOKENS = 4_000_000
 MAX_TOKEN_BYTES = 256
@@ -68,43 +67,27 @@ class TiktokenVocabulary:
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json."""
-        return {"tokenizer.json": _json(self._document()), "tokenizer_config.json": _json(self._config())}
+        return {"tokenizer.json": self._document(), "tokenizer_config.json": to_json(self._config())}
 
-    def _document(self) -> dict[str, Any]:
-        rule = PRE_TOKENIZERS["llama3"]
+    def _document(self) -> bytes:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         letters = _byte_letters()
         written = ["".join([letters[byte] for byte in token]) for token in self.tokens]
         pairs = _merges(self.tokens, self._where)
         begin = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
         first, second = ({"Sequence": {"id": which, "type_id": n}} for n, which in enumerate("AB"))
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": len(written) + i, "content": name, **flags} for i, name in enumerate(self.special)],
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": rule.steps},
-            "post_processor": {
+        return tokenizer_json(
+            PRE_TOKENIZERS["llama3"],
+            vocab={token: i for i, token in enumerate(written)},
+            merges=[["".join([letters[byte] for byte in part]) for part in pair] for pair in pairs],
+            added_tokens=[{"id": len(written) + i, "content": name, **flags} for i, name in enumerate(self.special)],
+            post_processor={
                 "type": "TemplateProcessing",
                 "single": [begin, first],
                 "pair": [begin, first, {"SpecialToken": {"id": BEGIN, "type_id": 1}}, second],
                 "special_tokens": {BEGIN: {"id": BEGIN, "ids": [self.special_id(BEGIN)], "tokens": [BEGIN]}},
             },
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": rule.ignore_merges,
-                "vocab": {token: i for i, token in enumerate(written)},
-                "merges": [["".join([letters[byte] for byte in part]) for part in pair] for pair in pairs],
-            },
-        }
+        )
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -199,7 +182,3 @@ def _byte_letters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def _json(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, ensure_ascii=False).encode("utf-8")

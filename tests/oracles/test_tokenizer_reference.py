@@ -23,7 +23,8 @@ import pytest
 import sentencepiece
 
 from pyllama.tokenizer import Tokenizer
-from quantize.readers.gguf_vocab import PRE_TOKENIZERS, tokenizer_files
+from quantize.readers.byte_level_bpe import PRE_TOKENIZERS
+from quantize.readers.gguf_vocab import tokenizer_files
 
 from ..helpers_tokenizer import bpe_metadata, sentencepiece_metadata, train_bpe, write_folder
 from ..make_golden_tokenizer import demo_metadata, demo_reference
