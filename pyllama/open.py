@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .common.errors import PyllamaError
+from .common.errors import ModelFormatError, PyllamaError, not_found
 from .common.formats import FORMATS, VERSION, TensorSpec
 from .common.model_folder import ModelFolder, is_model_folder, read_model_folder
 from .common.reader import parse_json, read_bytes, read_json
@@ -29,6 +29,7 @@ from .rope import inv_freq
 
 DEMO = "demo"
 SETTLE_S = 0.1
+_KNOWN = f'a model folder, a .gguf file, a Hugging Face folder, a folder of Meta\'s, or "{DEMO}"'
 
 
 @dataclass(frozen=True)
@@ -102,18 +103,8 @@ def _find(path: str | os.PathLike[str]) -> Path:
     with suppress(RuntimeError):  # "~nobody": a name like any other
         source = source.expanduser()
     if not source.exists():
-        raise FileNotFoundError(_not_found(name))
+        raise FileNotFoundError(not_found(name, _KNOWN))
     return source
-
-
-def _not_found(name: str) -> str:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
-        return (
-            f"{name}: no such file or folder; it looks like a hub's name: `pyllama download {name}` fetches it, and"
-            " models are opened from local files only"
-        )
-    known = f'a model folder, a .gguf file, a Hugging Face folder, a folder of Meta\'s, or "{DEMO}"'
-    return f"{name}: no such file or folder; expected {known}"
 
 
 # -------------------------------------------------------------------------------- our own folder
@@ -299,6 +290,8 @@ def _converted(source: Path, format: str | None) -> Path:
     from quantize import make_plan, write_plan
     from quantize.readers import open_source
 
+    from .tokenizer import NO_VOCABULARY, VOCABULARIES
+
     opened = open_source(source)
     key = json.dumps([opened.identity, VERSION, format], sort_keys=True)
     stem = re.sub(r"[^\w.-]+", "_", str(opened.identity["name"]).removesuffix(".gguf"))[:80]
@@ -316,6 +309,8 @@ def _converted(source: Path, format: str | None) -> Path:
         if alone:
             _sweep(target)
         if not is_model_folder(target):  # another process may have made it while we waited
+            if not any(name in opened.tokenizer_files() for name in VOCABULARIES):
+                raise ModelFormatError(f"{source}: {NO_VOCABULARY}")
             plan = make_plan(opened, format=format)
             print(f"converting {source} once: {plan.change}, into {target}", file=sys.stderr, flush=True)
             if target.exists():  # the cache is ours: what is no model in it is the rest of something that broke

@@ -101,6 +101,8 @@ def random_payload(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.uin
     """A 64-byte aligned payload: uint8 [spec.payload_bytes]. Vectors are ones."""
     payload = _aligned_zeros(spec.payload_bytes)
     sections = {s.name: payload[s.start : s.start + s.nbytes].view(s.dtype).reshape(s.shape) for s in spec.sections}
+    if spec.input_order:
+        sections["input_order"][:] = rng.permutation(spec.shape[1])
     codes = sections["codes"]
     if spec.is_vector:
         codes[:] = 1

@@ -38,10 +38,10 @@ Report = Callable[[int, int, str], None]  # done, total, name
 _DESCRIPTION = """\
 Converts a LLaMA checkpoint into a model folder that pyllama opens without copying anything.
 
-SRC is a Hugging Face folder (config.json and *.safetensors or pytorch_model*.bin), a folder of Meta's (params.json and
-consolidated.NN.pth) or a .gguf file. Without --format, matrices that already
-are on one of our grids come over as they are (GGUF's Q4_0, Q4_1, Q5_0, Q8_0, IQ4_NL), or with their scales rounded to
-16 bits (Q4_K, IQ4_XS), and all others become q8."""
+SRC is a Hugging Face folder (config.json and *.safetensors or pytorch_model*.bin; GPTQ, AWQ and MLX too), a folder of
+Meta's (params.json and consolidated.NN.pth) or a .gguf file. Without --format, matrices that are on one of our grids
+already come over as they are (GGUF's Q4_0, Q4_1, Q5_0, Q8_0 and IQ4_NL, and what GPTQ, AWQ and MLX have in 4 bits), or
+with their scales rounded to 16 bits (GGUF's Q4_K and IQ4_XS), and all others become q8."""
 
 _EPILOG = """\
 formats:  f32 f16 bf16   the numbers themselves
@@ -50,11 +50,11 @@ formats:  f32 f16 bf16   the numbers themselves
           q4a            4 bits, a scale and a minimum per group (5.0)
           q4nl           4 bits, steps that grow with the magnitude: the best at its size (4.5)
 
-examples: quantize SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2          without loss
+examples: quantize SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2     without loss
           quantize Llama-3.2-1B -o llama-1b-q4nl --format q4nl
           quantize Llama-3.2-1B -o llama-1b-mixed --format q4 --tensor-type 'embeddings|output=q8'
-          quantize Llama-3.2-1B -o mine --lora adapter         with a LoRA adapter merged
-          quantize verify llama-1b-q4nl                                compares every checksum
+          quantize Llama-3.2-1B -o mine --lora adapter            with a LoRA adapter merged
+          quantize verify llama-1b-q4nl                           compares every checksum
 
 exit codes: 0 done, 1 failed (OUT is as it was), 2 wrong usage, 130 interrupted by Ctrl-C"""
 
@@ -223,6 +223,7 @@ def _run_convert(arguments: list[str]) -> int:
         tensor_types=options.tensor_type,
     )
     _warn_of_second_rounding(plan)
+    _warn_of_no_tokenizer(plan)
     if options.dry_run or out is None:
         _print_summary(plan, None, 0.0, options.json)
         return EXIT_OK
@@ -248,6 +249,14 @@ def _warn_of_second_rounding(plan: Plan) -> None:
             "a checkpoint in f16 or bf16 would give a better model",
             file=sys.stderr,
         )
+
+
+def _warn_of_no_tokenizer(plan: Plan) -> None:
+    from pyllama.tokenizer import NO_VOCABULARY, VOCABULARIES
+
+    # a GGUF has its vocabulary in it, and making files of it takes time; one without is refused when it is converted
+    if plan.source.kind != "gguf" and not any(name in plan.source.tokenizer_files() for name in VOCABULARIES):
+        print(f"quantize: note: {NO_VOCABULARY}, or into OUT afterwards", file=sys.stderr)
 
 
 def _is_quantized(tensor: SourceTensor) -> bool:

@@ -413,7 +413,7 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         return tmp_path / name
 
-    refused(open_source, tmp_path / "nowhere", r"nowhere: does not exist")
+    refused(open_source, tmp_path / "nowhere", r"nowhere: no such file or folder")
     refused(open_source, made("empty.gguf", b""), r"is empty")
     refused(
         open_source, made("a.txt", b"hello"), r"starts with b'hell'; expected a .gguf, .safetensors, .pth or .bin file"

@@ -440,7 +440,7 @@ def test_failures_are_one_line_and_exit_with_1(
         for word in words:
             assert word in shown.err
 
-    complains(run(place / "missing", "-o", place / "model"), "missing", "does not exist")
+    complains(run(place / "missing", "-o", place / "model"), "missing", "no such file or folder")
     complains(run("verify", place / "missing"), "missing")
     complains(run(source, "-o", place / "a" / "b"), "does not exist; make it first")
     (source / "model.safetensors").write_bytes(b"\xff" * 100)

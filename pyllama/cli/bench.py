@@ -55,6 +55,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--format", metavar="FORMAT", help="with --synthetic: the weights' format (default q4)")
     parser.add_argument("--group-size", type=int, metavar="N", help="with --synthetic: 32 (default), 64 or 128")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md")
+    parser.add_argument("--json", action="store_const", const="json", dest="output", help="the same as -o json")
     parser.set_defaults(run=run)
 
 

@@ -35,9 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
             print(json_text(output_record(output)))
             return 0
         to_people = sys.stdout.isatty()  # a file or a pipe gets the text as it is
-        for piece in llm.stream(prompt, **options):
-            print(safe(piece.text) if to_people else piece.text, end="", flush=True)
-        print()
+        try:
+            for piece in llm.stream(prompt, **options):
+                print(safe(piece.text) if to_people else piece.text, end="", flush=True)
+        finally:
+            print()  # also where Ctrl-C stops it: what is said next begins a line
     return 0
 
 

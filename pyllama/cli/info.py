@@ -103,7 +103,7 @@ def text(record: dict[str, Any]) -> str:
     stored = f", {record['stored_bytes'] / 1e6:.1f} MB as it is" if record["foreign"] else ""
     rows = [
         ("path", record["path"]),
-        ("source", f"{source.get('name', '?')} ({source.get('kind', '?')})" if source else "unknown"),
+        ("source", _origin(source) if source else "unknown"),
         ("architecture", "; ".join([record["architecture"], *record["features"]])),
         ("parameters", f"{record['n_params']:,}"),
         ("size", f"{record['n_bytes'] / 1e6:.1f} MB, {record['bits_per_weight']:.2f} bits per weight{stored}"),
@@ -126,6 +126,18 @@ def text(record: dict[str, Any]) -> str:
         lines.insert(1, f"{'note':<14} a foreign checkpoint; sizes are those that it will have when it is converted")
         lines += _table("stored as", record["stored"])
     return "\n".join(lines + _table("format", record["formats"]))
+
+
+def _origin(source: dict[str, Any]) -> str:
+    """What a model was made from. Whatever stands there: config.json may be anybody's."""
+    adapters = source.get("lora")
+    names = [
+        f"{adapter.get('name', '?')} times {adapter.get('scale', '?')}"
+        for adapter in (adapters if isinstance(adapters, list) else [])
+        if isinstance(adapter, dict)
+    ]
+    merged = f", with the adapter{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else ""
+    return f"{source.get('name', '?')} ({source.get('kind', '?')}){merged}"
 
 
 def _needs(row: dict[str, int]) -> str:

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"pyllama {_version()}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in (chat, generate, bench, info, plan, download, doctor):
         module.add_parser(commands)
     return parser
@@ -51,7 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     _mend_streams()
     try:
-        return _run(build_parser().parse_args(argv))
+        parser = build_parser()
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help(sys.stderr)
+            return 2
+        return _run(arguments)
     except SystemExit as leave:  # argparse: 0 after --help, 2 for wrong usage
         return leave.code if isinstance(leave.code, int) else 2
 

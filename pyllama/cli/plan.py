@@ -19,7 +19,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
-        help="what a model takes of memory",
+        help="what a model takes of memory, and how fast it would be",
         description="Show what a model would take of memory and how fast it would be.",
     )
     parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help='folder, .gguf file or "demo"')
@@ -31,6 +31,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--no-speed", action="store_true", help="do not predict speeds, which takes two seconds")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md")
+    parser.add_argument("--json", action="store_const", const="json", dest="output", help="the same as -o json")
     parser.set_defaults(run=run)
 
 

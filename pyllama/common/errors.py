@@ -1,4 +1,10 @@
-"""The one hierarchy of exceptions. Bad arguments are ValueError; all about models and machines is one of these."""
+"""The one hierarchy of exceptions. Bad arguments are ValueError; all about models and machines is one of these.
+
+Also what is said of a path that is not there, which both commands say.
+"""
+
+import re
+from pathlib import Path
 
 
 class PyllamaError(Exception):
@@ -19,3 +25,13 @@ class DeviceError(PyllamaError):
 
 class QuantizeError(PyllamaError):
     """A conversion that could not be carried out; nothing is left at the output path."""
+
+
+def not_found(name: str, expected: str) -> str:
+    """What to say of a path where nothing is; of what looks like a name on the hub, how to fetch it."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
+        return (
+            f"{name}: no such file or folder; it looks like a hub's name: `pyllama download {name}` fetches it, and"
+            " models are opened from local files only"
+        )
+    return f"{name}: no such file or folder; expected {expected}"

@@ -29,6 +29,7 @@ from .errors import ModelFormatError
 Bytes = NDArray[np.uint8]
 
 MAX_JSON_DEPTH = 32
+_POINTER_BYTES = 1024  # what git-lfs leaves in place of a file is smaller, by its specification
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -90,6 +91,8 @@ class BoundedFile:
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
         self._place = (status.st_dev, status.st_ino)
+        if self.size < _POINTER_BYTES and self.read_at(0, self.size).startswith(b"version https://git-lfs"):
+            self.fail("is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
         recorder = _recorder.get()
         if recorder is not None:
             recorder.append(self)

@@ -19,6 +19,7 @@ from .special import VOCABULARY_LIMIT_BYTES, FolderFiles, SpecialTokens, read_sp
 __all__ = ["StreamDecoder", "Tokenizer"]
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # the first that is there counts
+NO_VOCABULARY = "neither tokenizer.json nor tokenizer.model is there; a model needs one, put its own beside the weights"
 
 
 class _Backend(Protocol):
@@ -93,9 +94,7 @@ class Tokenizer:
             from .spm import SpmBackend
 
             return cls(SpmBackend(raw, folder / name, special), special, folder)
-        raise ModelFormatError(
-            f"{folder}: neither tokenizer.json nor tokenizer.model is there; a model needs one of them"
-        )
+        raise ModelFormatError(f"{folder}: {NO_VOCABULARY}")
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """The ids of a text.

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
-from pyllama.common.errors import ModelFormatError
+from pyllama.common.errors import ModelFormatError, not_found
 from pyllama.common.reader import BoundedFile, recorded_files, shown
 
 from .gguf_split import part_names
 from .source import Source, SourceTensor
 
+_ADAPTER = "adapter_model.safetensors"
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -23,11 +25,14 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """Opens a checkpoint: a .gguf file, a Hugging Face folder (safetensors or PyTorch files) or a weight file in it,
     a folder of Meta's (params.json, consolidated.NN.pth), or a folder with one model in .gguf files.
 
-    Raises ModelFormatError that names the path and says what was found and what can be read.
+    One of several files of a model means the whole model. Raises ModelFormatError that names the path and says what was
+    found and what can be read.
     """
+    if not os.fspath(path):
+        raise ModelFormatError("the checkpoint's path is empty; expected a .gguf file, a Hugging Face folder or Meta's")
     path = Path(path)
     if not os.path.lexists(path):  # also a path with a NUL in it
-        raise ModelFormatError(f"{path}: does not exist; expected a .gguf file, a Hugging Face folder or Meta's")
+        raise ModelFormatError(not_found(os.fspath(path), "a .gguf file, a Hugging Face folder or Meta's"))
     with recorded_files() as files:
         source = _open_folder(path) if path.is_dir() else _open_file(path)
     return replace(source, files=tuple(files))
@@ -43,9 +48,11 @@ def _open_file(path: Path) -> Source:
 
         return open_gguf(path)
     if path.suffix == ".safetensors":
-        from .safetensors_folder import open_safetensors
-
-        return open_safetensors(path.parent, single=path)
+        if path.name == _ADAPTER:
+            _refuse_adapter(path.parent)
+        return _open_one_of_hugging_face(path)
+    if path.suffix == ".json":
+        raise ModelFormatError(f"{path}: describes a model; name the folder that holds it, {path.parent}")
     if path.suffix in _TORCH_SUFFIXES or magic[:2] == b"PK":
         return _open_torch(path)
     raise ModelFormatError(f"{path}: starts with {shown(magic)}; expected a .gguf, .safetensors, .pth or .bin file")
@@ -62,9 +69,21 @@ def _open_torch(path: Path) -> Source:
             f"{path}: is a PyTorch checkpoint without a description; expected config.json (Hugging Face) or, for"
             f" consolidated.NN.pth, {PARAMS} (Meta) beside it"
         )
+    return _open_one_of_hugging_face(path)
+
+
+def _open_one_of_hugging_face(path: Path) -> Source:
+    """A shard means the folder that it belongs to."""
+    from .hf_weights import is_shard
     from .safetensors_folder import open_safetensors
 
-    return open_safetensors(path.parent, single=path)
+    return open_safetensors(path.parent, single=None if is_shard(path) else path)
+
+
+def _refuse_adapter(folder: Path) -> NoReturn:
+    raise ModelFormatError(
+        f"{folder}: holds a LoRA adapter, not a model; `quantize BASE -o OUT --lora {folder}` merges it into its base"
+    )
 
 
 def _open_folder(path: Path) -> Source:
@@ -84,6 +103,8 @@ def _open_folder(path: Path) -> Source:
         raise ModelFormatError(f"{path}: holds {len(ggufs)} .gguf files; name one of them: {', '.join(ggufs[:8])}")
     if not safetensors and any(SHARD.fullmatch(name) for name in names):
         return open_meta(path)
+    if safetensors == [_ADAPTER] or ("adapter_config.json" in names and "config.json" not in names):
+        _refuse_adapter(path)
     if "config.json" not in names:
         raise ModelFormatError(
             f"{path}: holds no config.json; expected a Hugging Face folder, Meta's params.json and consolidated.NN.pth,"

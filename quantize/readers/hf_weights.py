@@ -6,6 +6,7 @@ must be there. What the names mean is not known here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,12 @@ _SAFETENSORS = _Container(
     lambda path: safetensors_rows(read_safetensors(path)),
 )
 _TORCH = _Container("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", "pytorch_model*.bin", read_torch)
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a weight file is called like one of several, and an index lies beside it."""
+    index = (_SAFETENSORS if path.suffix == _SAFETENSORS.suffix else _TORCH).index
+    return re.search(r"-\d{5}-of-\d{5}$", path.stem) is not None and (path.parent / index).exists()
 
 
 def read_weights(folder: Path, single: Path | None = None) -> tuple[list[Path], dict[str, Rows]]:

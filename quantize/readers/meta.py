@@ -24,13 +24,14 @@ from pyllama.common.reader import BoundedFile, read_bytes, read_json, shown
 from ..binding import bind
 from ..families import find_family
 from ..fields import Fields, base_config
+from .safetensors_folder import TOKENIZER_FILES, tokenizer_files
 from .source import Joined, Rows, Source, identity_of, same_numbers
 from .tiktoken_vocab import BEGIN, TiktokenVocabulary, is_tiktoken
 from .torch_file import archive_name, read_torch
 
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 PARAMS = "params.json"
-VOCABULARY = "tokenizer.model"
+VOCABULARY, HF_VOCABULARY = "tokenizer.model", "tokenizer.json"
 MAX_VOCABULARY_BYTES = 1 << 24
 
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
@@ -66,7 +67,7 @@ def open_meta(folder: Path) -> Source:
     vocabulary = _find_vocabulary(folder)
     tokenizer = _Tokenizer(vocabulary, config["vocab_size"], calls_tools=config["rope_scaling"] is not None)
     config["bos_token_id"], config["eos_token_ids"] = tokenizer.begin_and_ends()
-    used = [params_path, *paths, *([vocabulary] if vocabulary else [])]
+    used = [params_path, *paths, *tokenizer.paths]
     identity = identity_of("meta", os.path.basename(os.path.abspath(folder)), used)
     return Source("meta", config, tensors, {}, identity, tokenizer.files, "llama")
 
@@ -280,20 +281,24 @@ def _rope_scaling(fields: Fields, tied: bool) -> dict[str, Any] | None:
 
 
 def _find_vocabulary(folder: Path) -> Path | None:
-    """tokenizer.model beside the weights, or a folder above, where LLaMA 1 and 2 were fetched to."""
-    for place in (folder, Path(os.path.abspath(folder)).parent):
-        if (place / VOCABULARY).is_file():
-            return place / VOCABULARY
+    """tokenizer.model beside the weights, or a folder above, where LLaMA 1 and 2 were fetched to; or Hugging Face's
+    tokenizer.json, which others put there."""
+    for path in (folder / VOCABULARY, folder / HF_VOCABULARY, Path(os.path.abspath(folder)).parent / VOCABULARY):
+        if path.is_file():
+            return path
     return None
 
 
 class _Tokenizer:
-    """What a tokenizer.model says; read when asked."""
+    """What a vocabulary says; read when asked."""
 
     def __init__(self, path: Path | None, vocab_size: int, *, calls_tools: bool) -> None:
         self._path = path
         self._ranks: TiktokenVocabulary | None = None
-        if path is None:
+        self.paths = [] if path is None else [path]
+        if path is not None and path.name == HF_VOCABULARY:
+            self.paths = [path.parent / name for name in TOKENIZER_FILES if (path.parent / name).exists()]
+        if path is None or path.name == HF_VOCABULARY:
             return
         with BoundedFile(path) as file:
             start = file.read_at(0, min(file.size, 4096))
@@ -302,14 +307,17 @@ class _Tokenizer:
             self._ranks = TiktokenVocabulary(raw, vocab_size, str(path), calls_tools=calls_tools)
 
     def begin_and_ends(self) -> tuple[int | None, list[int]]:
-        """The id that opens a text and those that end one; Meta's sentencepiece models have 1 and 2."""
-        if self._path is None:
+        """The id that opens a text and those that end one; Meta's sentencepiece models have 1 and 2. Of Hugging Face's
+        the files beside it say them, which the tokenizer reads."""
+        if self._path is None or self._path.name == HF_VOCABULARY:
             return None, []
         return (1, [2]) if self._ranks is None else (self._ranks.special_id(BEGIN), self._ranks.end_ids)
 
     def files(self) -> dict[str, bytes]:
         if self._path is None:
             return {}
+        if self._path.name == HF_VOCABULARY:
+            return tokenizer_files(self._path.parent)
         if self._ranks is not None:
             return self._ranks.files()
         return {

@@ -64,7 +64,7 @@ def open_safetensors(folder: Path, single: Path | None = None) -> Source:
         used,
     )
     name = found.family.architecture
-    return Source(identity["kind"], config, tensors, generation, identity, lambda: _tokenizer_files(folder), name)
+    return Source(identity["kind"], config, tensors, generation, identity, lambda: tokenizer_files(folder), name)
 
 
 def _check_tied(family: Family, config: Mapping[str, Any], stored: dict[str, Rows], where: str) -> None:
@@ -77,7 +77,8 @@ def _check_tied(family: Family, config: Mapping[str, Any], stored: dict[str, Row
         raise ModelFormatError(f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}")
 
 
-def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """What a Hugging Face folder holds of its tokenizer, name -> bytes."""
     return {
         name: read_bytes(folder / name, cap, name) for name, cap in TOKENIZER_FILES.items() if (folder / name).exists()
     }

@@ -150,8 +150,6 @@ def _refuse_other(file: BoundedFile) -> None:
             "is a PyTorch file of before version 1.6, which only unpickling could read; where you trust it, load it"
             " with torch.load and save it again with torch.save, or as safetensors"
         )
-    if start.startswith(b"version https://git-lfs"):
-        file.fail("is a git-lfs pointer, not the checkpoint itself; fetch the file with `git lfs pull`")
     file.fail(f"starts with {shown(start[:4])}, expected a zip file as torch.save writes it")
 
 

@@ -158,7 +158,7 @@ def test_ctrl_c_is_130(demo_model: Path) -> None:
         assert process.stdout and process.stderr
         process.stdout.read(5)  # it is at work
         process.send_signal(signal.SIGINT)
-        process.stdout.read()
+        assert process.stdout.read().endswith(b"\n")  # what is said next begins a line
         assert process.stderr.read().decode() == "interrupted\n"
         assert process.wait(60) == 130
 
