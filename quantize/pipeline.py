@@ -144,7 +144,7 @@ def _pack_block(item: Planned, rows: slice, method: str) -> NDArray[np.uint8]:
         packed = source.read_packed(rows)
         check_finite(spec, packed)
     elif item.how == "quantize":
-        packed = METHODS[method](source.read(rows), spec)
+        packed = METHODS[method].quantize(source.read(rows), spec, None)
     else:
         packed = _cast(spec, source.read(rows))
     return pack(replace(spec, shape=(rows.stop - rows.start, spec.shape[1])), packed, kernels.tiles())

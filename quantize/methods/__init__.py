@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,15 +11,29 @@ from numpy.typing import NDArray
 from pyllama.common.formats import Packed, TensorSpec
 
 from .rtn import quantize_rtn
+from .statistics import Statistics
 
-Method = Callable[[NDArray[np.float32], TensorSpec], Packed]
+Quantize = Callable[[NDArray[np.float32], TensorSpec, Statistics | None], Packed]
 
 
-def _rtn(weights: NDArray[np.float32], spec: TensorSpec) -> Packed:
+@dataclass(frozen=True)
+class Method:
+    """How codes are chosen.
+
+    quantize: called on blocks of whole rows of a tensor, from several threads; rows are independent. The spec describes
+    the whole tensor. Statistics are those of the tensor's input, and None for a method that needs none.
+    needs: of an input's statistics: "" nothing, "squares" the sums of its squares, "gram" those of its products too.
+    Embeddings, whose input is no vector of numbers, are quantized by rtn where a method needs something.
+    """
+
+    quantize: Quantize
+    needs: str = ""
+
+
+def _rtn(weights: NDArray[np.float32], spec: TensorSpec, statistics: Statistics | None) -> Packed:
     return quantize_rtn(weights, spec.format, spec.group, spec.codebook or None, name=spec.name)
 
 
-# A method is called on blocks of whole rows of a tensor; `spec` describes the whole tensor.
-METHODS: dict[str, Method] = {"rtn": _rtn}
+METHODS: dict[str, Method] = {"rtn": Method(_rtn)}
 
-__all__ = ["METHODS", "Method", "quantize_rtn"]
+__all__ = ["METHODS", "Method", "Statistics", "quantize_rtn"]
