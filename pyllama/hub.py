@@ -1,8 +1,8 @@
 """Fetches a model from the Hugging Face hub, when somebody asks for that by name, and at no other time.
 
 Chooses what this version reads from a repository's list of files: weights in one form, config, tokenizer; never code,
-and no pickles where safetensors are. Transport, cache, resuming and checksums are the library's (`huggingface_hub`, an
-optional extra), which is imported here and nowhere else.
+and no pickles where safetensors are. Transport, cache and checksums are the library's (`huggingface_hub`, an optional
+extra), which is imported here and nowhere else; so is what it keeps of a file whose download was stopped.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ABOUT = (
     "added_tokens.json",
     "chat_template.jinja",
     "quantize_config.json",
+    "adapter_config.json",
 )
 # Kinds of weights, the best first, and what else each needs. The first that a repository has is taken.
 _KINDS = (
@@ -37,6 +38,15 @@ _KINDS = (
     (r"consolidated\.\d\d\.pth", ("params.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")),
     (r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json", ABOUT),
 )
+# What the library's errors mean, by the names of their classes; the first that fits.
+_REASONS = {
+    "GatedRepoError": "is gated: accept its terms on its page there, then log in (`hf auth login`, or HF_TOKEN)",
+    "RepositoryNotFoundError": "there is no such repository, or it is private: check the name, or log in"
+    " (`hf auth login`, or HF_TOKEN)",
+    "RevisionNotFoundError": "has no such branch, tag or commit",
+    "ConnectError": "the hub cannot be reached",
+    "ConnectionError": "the hub cannot be reached",
+}
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -70,7 +80,8 @@ def choose_files(repo: str, names: Iterable[str], include: str | None = None) ->
             raise PyllamaError(f"{repo}: holds {len(models)} models; choose by --include PATTERN: {some}")
         if include is not None and pattern.startswith("model"):  # the index belongs to what it indexes
             weights = sorted({*weights, *({"model.safetensors.index.json"} & set(here))})
-        return weights + [name for name in about if name in here]
+        weights.sort(key=lambda name: not name.endswith(".json"))  # what is small first, so that it is soon there
+        return [name for name in about if name in here] + weights
     wanted = f"no weights that fit {include!r}" if include is not None else "no weights that this version reads"
     raise PyllamaError(f"{repo}: {wanted} among its {len(here)} files (safetensors, GGUF, Meta's or PyTorch's)")
 
@@ -95,24 +106,32 @@ def download(
         info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes: Mapping[str, int] = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     except Exception as error:  # whatever that library and those below it raise
-        raise _refused(repo, error) from error
+        raise _refused(repo, "", error) from error
     files = choose_files(repo, sizes, include)
     n_bytes = sum(sizes[name] for name in files)
     commit = str(info.sha or revision or "main")
     if told is not None:
-        told(f"{repo} at {commit[:12]}: {len(files)} files, {n_bytes / 1e6:.1f} MB, into {folder or 'the hub cache'}")
+        told(
+            f"{repo} at {commit[:12]}: {len(files)} file{'s' * (len(files) > 1)}, {n_bytes / 1e6:.1f} MB, into {folder or 'the hub cache'}"
+        )
     paths = []
     for name in files:
         place = {} if folder is None else {"local_dir": str(folder)}
         try:
             paths.append(Path(hub.hf_hub_download(repo, name, revision=commit, **place)))
         except Exception as error:
-            raise _refused(f"{repo}: {name}", error) from error
-    home = paths[0].parent
+            raise _refused(repo, name, error) from error
+    home = paths[-1].parent
     lone = [path for path in paths if path.suffix == ".gguf"]
     return Fetched(home, lone[0] if lone else home, tuple(files), n_bytes, commit)
 
 
-def _refused(what: str, error: Exception) -> PyllamaError:
+def _refused(repo: str, name: str, error: Exception) -> PyllamaError:
+    """What to say when the library gave up; `name`: of the file at work, "" for none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return PyllamaError(f"{what}: {type(error).__name__}: {lines[0] if lines else 'no reason given'}")
+    said = lines[0] if lines else "no reason given"
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    reason = next((_REASONS[kind] for kind in _REASONS if kind in kinds), None)
+    if reason is None:
+        return PyllamaError(f"{repo}: {f'{name}: ' if name else ''}{type(error).__name__}: {said}")
+    return PyllamaError(f"{repo}: {reason}" + (f" ({said})" if reason.endswith("reached") else ""))

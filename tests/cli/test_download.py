@@ -148,9 +148,10 @@ def test_the_library_is_not_imported_by_surprise() -> None:
         (["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]),
         (
             ["consolidated.00.pth", "consolidated.01.pth", "params.json", "checklist.chk"],
-            ["consolidated.00.pth", "consolidated.01.pth", "params.json"],
+            ["params.json", "consolidated.00.pth", "consolidated.01.pth"],
         ),
-        (["pytorch_model.bin", "optimizer.bin", "tokenizer.model"], ["pytorch_model.bin", "tokenizer.model"]),
+        (["pytorch_model.bin", "optimizer.bin", "tokenizer.model"], ["tokenizer.model", "pytorch_model.bin"]),
+        (["adapter_model.safetensors", "adapter_config.json"], ["adapter_config.json", "adapter_model.safetensors"]),
         (["original/consolidated.00.pth", "model.safetensors"], ["model.safetensors"]),
     ],
 )
