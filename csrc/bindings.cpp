@@ -525,4 +525,5 @@ PYBIND11_MODULE(_C, m) {
   pyllama::bind_cuda(m.def_submodule("cuda"));
   pyllama::bind_sampler_math(m.def_submodule("ops"));
   pyllama::bind_convert(m.def_submodule("convert"));
+  pyllama::bind_layer(m.attr("convert").cast<py::module_>());
 }

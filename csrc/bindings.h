@@ -43,5 +43,6 @@ void bind_sampler_math(pybind11::module_ ops);  // bindings_sampler.cpp: the sam
 void bind_ops(pybind11::module_& module);       // bindings_ops.cpp: the submodule `ops`
 void bind_cuda(pybind11::module_ module);       // bindings_cuda.cpp: the submodule `cuda`
 void bind_convert(pybind11::module_ module);    // bindings_convert.cpp: the submodule `convert`
+void bind_layer(pybind11::module_ convert);     // bindings_layer.cpp: a layer's parts, in the submodule `convert`
 
 }  // namespace pyllama

@@ -213,3 +213,24 @@ class convert:
     @staticmethod
     def put_columns(values: NDArray[Any], tiles: NDArray[Any]) -> None:
         """Numbers [N, width] of 1, 2 or 4 bytes into [tiles, columns, 16], in place."""
+    # The parts of a layer, of which each gives what the next product reads; `isa` and `threads` as of Model.
+    @staticmethod
+    def norm(
+        weight: Weight, eps: float, x: NDArray[np.float32], isa: str = "", threads: int = 0,
+    ) -> NDArray[np.float32]: ...
+    @staticmethod
+    def attention(
+        config: dict[str, Any], layer: int, weights: dict[str, Weight], x: NDArray[np.float32], lengths: list[int],
+        isa: str = "", threads: int = 0,
+    ) -> NDArray[np.float32]:
+        """x [n, dim], texts of these lengths from position 0 -> [n, q_dim]. weights: attn_norm wq wk wv (bq … k_norm)."""
+    @staticmethod
+    def mlp(
+        config: dict[str, Any], weights: dict[str, Weight], x: NDArray[np.float32], isa: str = "", threads: int = 0,
+    ) -> NDArray[np.float32]:
+        """x [n, dim] -> [n, hidden_dim]. weights: mlp_norm w_gate w_up."""
+    @staticmethod
+    def add_product(
+        weight: Weight, x: NDArray[np.float32], y: NDArray[np.float32], isa: str = "", threads: int = 0,
+    ) -> None:
+        """y [n, N] += weight·x [n, K], in place."""

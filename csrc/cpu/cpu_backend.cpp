@@ -13,6 +13,7 @@
 #include "cpu.h"
 #include "embedding.h"
 #include "head.h"
+#include "layer_parts.h"
 #include "os.h"
 #include "pages.h"
 #include "scratch.h"
@@ -29,7 +30,7 @@ constexpr int kMlpValues = 1 << 16, kMlpTiles = 2;
 // Tokens that the buffers have room for until a step brings more.
 constexpr int kFewTok = 16;
 
-class CpuBackend final : public Backend {
+class CpuBackend final : public OpenBackend {
  public:
   CpuBackend(const Config& config, const ModelWeights& weights, const CpuOptions& options)
       : c_(config),
@@ -178,6 +179,9 @@ class CpuBackend final : public Backend {
 
   StepTimes profile(bool on) override { return watch_.restart(on); }
 
+  const float* o() const override { return o_; }
+  const float* h() const override { return h_; }
+
  private:
   uint8_t* page(int id) const { return pages_.by_id()[static_cast<size_t>(id)]; }
 
@@ -307,6 +311,12 @@ class CpuBackend final : public Backend {
 };
 
 }  // namespace
+
+std::unique_ptr<OpenBackend> make_open_backend(const Config& config, const ModelWeights& weights,
+                                               const CpuOptions& options) {
+  return std::make_unique<CpuBackend>(config, weights, options);
+}
+
 }  // namespace cpu
 
 std::unique_ptr<Backend> make_cpu_backend(const Config& config, const ModelWeights& weights,
