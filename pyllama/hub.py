@@ -111,9 +111,8 @@ def download(
     n_bytes = sum(sizes[name] for name in files)
     commit = str(info.sha or revision or "main")
     if told is not None:
-        told(
-            f"{repo} at {commit[:12]}: {len(files)} file{'s' * (len(files) > 1)}, {n_bytes / 1e6:.1f} MB, into {folder or 'the hub cache'}"
-        )
+        n_files = f"{len(files)} file{'s' * (len(files) > 1)}"
+        told(f"{repo} at {commit[:12]}: {n_files}, {n_bytes / 1e6:.1f} MB, into {folder or 'the hub cache'}")
     paths = []
     for name in files:
         place = {} if folder is None else {"local_dir": str(folder)}

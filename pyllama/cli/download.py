@@ -14,9 +14,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "download",
         help="fetch a model from the Hugging Face hub",
-        description="Fetch the files of a model that this version reads from the Hugging Face hub. Prints the path to open.",
-        epilog='pyllama chat "$(pyllama download owner/name)" talks with it; stopped, the same command fetches the rest. '
-        "For gated models log in first (hf auth login), or set HF_TOKEN.",
+        description="Fetch what this version reads of a model from the Hugging Face hub, and print where it lies.",
+        epilog='pyllama chat "$(pyllama download owner/name)" talks with it. Stopped, the same command fetches the '
+        "rest. For gated models log in first (hf auth login), or set HF_TOKEN.",
     )
     parser.add_argument("repo", metavar="REPO", help="the model's name there, as owner/name")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="where to (default: the hub's own cache)")

@@ -76,17 +76,21 @@ class Hub(BaseHTTPRequestHandler):
 
     def _file(self, repo: str, revision: str, name: str) -> None:
         if repo == "asking":  # of such a repository the list of files is public
-            return self._refuse(401, "GatedRepo", "Access to model owner/asking is restricted.")
-        if revision != COMMIT or name in self.hidden:
-            return self._refuse(404, "EntryNotFound", "Entry not found")
-        data = (self.folder / name).read_bytes()
+            self._refuse(401, "GatedRepo", "Access to model owner/asking is restricted.")
+        elif revision != COMMIT or name in self.hidden:
+            self._refuse(404, "EntryNotFound", "Entry not found")
+        else:
+            self._send(name, (self.folder / name).read_bytes())
+
+    def _send(self, name: str, data: bytes) -> None:
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
-        if self.command == "HEAD":
-            return self._answer(200, data, headers)
         start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range") or "") or [0, 0])[1])
-        self.asked.append((name, start))
         headers |= {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
-        self._answer(206 if start else 200, data[start:], headers, self.lose.pop(name, None))
+        is_head = self.command == "HEAD"
+        if not is_head:
+            self.asked.append((name, start))
+        n = None if is_head else self.lose.pop(name, None)
+        self._answer(206 if start else 200, data[start:], headers, n)
 
     def _refuse(self, code: int, kind: str, message: str) -> None:
         self._answer(code, b"", {"X-Error-Code": kind, "X-Error-Message": message})
