@@ -81,8 +81,8 @@ test-qemu: dev  ## kernels and forward pass on an emulated processor without AVX
 test-arm: dev  ## the same on an emulated 64-bit ARM processor, cross-compiled
 	VENV=$(VENV) scripts/test_arm.sh $(or $(PYTEST_ARGS),$(EMULATED_TESTS) tests/cuda $(patsubst %,--ignore=tests/cuda/test_%.py,table models model_errors llm draw linear_many attention_many))
 
-fuzz: dev  ## damaged checkpoints of every kind for a minute: refused or read, nothing else (FUZZ_ARGS="--runs 10000")
-	$(PY) fuzz/fuzz.py $(FUZZ_ARGS)
+fuzz: dev  ## damaged files of every kind for a minute: refused or read, nothing else (FUZZ_ARGS="--runs 10000")
+	$(PY) -m fuzz $(FUZZ_ARGS)
 
 check-crash: dev  ## 200 conversions killed at every call and at random moments: none leaves a broken output
 	$(PY) scripts/check_crash.py

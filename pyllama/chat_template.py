@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from .common.errors import ModelFormatError
+from .common.errors import ModelFormatError, printable
 from .common.named_templates import NAMED_TEMPLATES
 from .common.reader import read_bytes, shown
 from .template_sandbox import MAX_SOURCE_CHARS, Account, Environment, LimitError, RefusedError, spending
@@ -103,12 +103,16 @@ class ChatTemplate:
         try:
             with spending(account):
                 for part in self._template.generate(values):
+                    if not isinstance(part, str):  # what a call block calls may give anything
+                        raise TypeError(f"a block gives a {type(part).__name__}, expected a text")
                     parts.append(part)
                     length += len(part)
                     account.limit(length)
                     account.charge(len(part) >> 4)
         except RefusedError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error.message}") from None
+            raise ValueError(
+                f"the model's chat template refuses these messages: {printable(str(error.message)[:500])}"
+            ) from None
         except LimitError as error:
             raise ModelFormatError(f"{self.name}: stopped: {error.message}") from None
         except Exception as error:

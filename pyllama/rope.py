@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .common.errors import ModelFormatError
+from .common.reader import shown
 
 
 def inv_freq(config: Mapping[str, Any], n_ctx: int | None = None) -> tuple[NDArray[np.float32], float]:
@@ -33,10 +34,10 @@ def inv_freq(config: Mapping[str, Any], n_ctx: int | None = None) -> tuple[NDArr
     if scaling is None:
         scaling = {"rope_type": "default"}
     if not isinstance(scaling, Mapping):
-        raise ModelFormatError(f"rope_scaling is {scaling!r}, expected an object or null")
+        raise ModelFormatError(f"rope_scaling is {shown(scaling)}, expected an object or null")
     kind = scaling.get("rope_type", scaling.get("type"))
     if not isinstance(kind, str) or kind not in _SCALINGS:
-        raise ModelFormatError(f"rope_scaling: {kind!r} is not supported, expected one of {' '.join(_SCALINGS)}")
+        raise ModelFormatError(f"rope_scaling: {shown(kind)} is not supported, expected one of {' '.join(_SCALINGS)}")
     with np.errstate(over="ignore"):  # the engine refuses what is not finite
         scaled, factor = _SCALINGS[kind](plain, scaling, {**config, "n_ctx": n_ctx or config["max_seq_len"]})
         return scaled.astype(np.float32), factor
@@ -49,7 +50,7 @@ def _number(
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-        raise ModelFormatError(f"{where}: {key} is {value!r}, expected a positive number")
+        raise ModelFormatError(f"{where}: {key} is {shown(value)}, expected a positive number")
     return float(value)
 
 

@@ -354,8 +354,10 @@ def test_bad_shards(tmp_path: Path) -> None:
     refused(open_source, folder, rf"holds tensor '{re.escape(some)}', but .* says 'model-00002")
     index_path.write_text(json.dumps({"weight_map": {k: v for k, v in index["weight_map"].items() if k != some}}))
     refused(open_source, folder, rf"holds tensor '{re.escape(some)}', but .* does not list it")
-    # for the terminal, on two lines, half a letter, too long for a file system
-    strange = ["\x1b[31m.safetensors", "a\n.safetensors", "\ud800.safetensors", "\u00e4" * 122 + ".safetensors"]
+    with_map(**{some: "\ud800.safetensors"})
+    refused(open_source, folder, r"index.json: holds half of a surrogate pair")
+    # for the terminal, on two lines, too long for a file system
+    strange = ["\x1b[31m.safetensors", "a\n.safetensors", "\u00e4" * 122 + ".safetensors"]
     for outside in (
         "../x.safetensors",
         "/etc/x.safetensors",

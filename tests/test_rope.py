@@ -132,7 +132,10 @@ def test_factors_divide_pair_by_pair() -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor is nan"),
         ({"rope_scaling": {"rope_type": "factors", "factors": [1.0] * 31}}, "factors is not a list of 32 numbers"),
         ({"rope_scaling": {"rope_type": "factors", "factors": [1.0] * 31 + ["2"]}}, "factors is '2'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "factor is 10{400}, expected a positive number"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
+            r"factor is 10{70,}\S*, expected a positive number",
+        ),
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"rope_theta": True}, "rope_theta is True"),
         ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2}}, "expected more than 1"),

@@ -12,7 +12,13 @@ class PyllamaError(Exception):
 
 
 class ModelFormatError(PyllamaError):
-    """A model or checkpoint that does not hold together; the message names the file, what was found and expected."""
+    """A model or checkpoint that does not hold together; the message names the file, what was found and expected.
+
+    Names, keys and libraries' words come from that file: what does not print on one line is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class ContextLengthError(PyllamaError):
@@ -35,3 +41,10 @@ def not_found(name: str, expected: str) -> str:
             " models are opened from local files only"
         )
     return f"{name}: no such file or folder; expected {expected}"
+
+
+def printable(text: str) -> str:
+    """`text` with line ends, control characters and the like escaped; a terminal shows it as it is."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

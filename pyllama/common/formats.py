@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .errors import ModelFormatError
+from .reader import shown
 
 TILE_ROWS = 16  # output rows interleaved in a tile
 COLUMN_PAD = 32  # columns are padded to this
@@ -140,9 +141,9 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ModelFormatError(f"a tensor needs a name, found {self.name!r}")
+            raise ModelFormatError(f"a tensor needs a name, found {shown(self.name)}")
         if not isinstance(self.format, str) or self.format not in FORMATS:
-            self._fail(f"unknown format {self.format!r}, expected one of {' '.join(FORMATS)}")
+            self._fail(f"unknown format {shown(self.format)}, expected one of {' '.join(FORMATS)}")
         object.__setattr__(self, "shape", self._integers("shape", self.shape))
         object.__setattr__(self, "codebook", self._integers("codebook", self.codebook))
         self._check_shape()
@@ -153,7 +154,7 @@ class TensorSpec:
 
     def _integers(self, what: str, values: Any) -> tuple[int, ...]:
         if not isinstance(values, (tuple, list)):
-            self._fail(f"{what} is {values!r}, expected a list of integers")
+            self._fail(f"{what} is {shown(values)}, expected a list of integers")
         if any(isinstance(v, (bool, np.bool_)) or not isinstance(v, (int, np.integer)) for v in values):
             self._fail(f"{what} {list(values)} has something else than integers")
         return tuple(int(v) for v in values)
@@ -167,17 +168,17 @@ class TensorSpec:
     def _check_numbers(self) -> None:
         info = self.info
         if isinstance(self.group, bool) or not isinstance(self.group, (int, np.integer)):
-            self._fail(f"group is {self.group!r}, expected an integer")
+            self._fail(f"group is {shown(self.group)}, expected an integer")
         if info.quantized and self.group not in GROUPS:
             self._fail(f"group {self.group}, expected 32, 64 or 128")
         if not info.quantized and self.group:
             self._fail(f"group {self.group}, but format {self.format} has no groups")
         scales = ("f16", "bf16") if info.has_offset else ("f16",)
         if self.scale not in scales:
-            self._fail(f"scale {self.scale!r}, format {self.format} takes {' or '.join(scales)}")
+            self._fail(f"scale {shown(self.scale)}, format {self.format} takes {' or '.join(scales)}")
         offsets = ("f16", "bf16", "u8") if info.has_offset else ("",)
         if self.offset not in offsets:
-            self._fail(f"offset {self.offset!r}, format {self.format} takes {' or '.join(offsets) or 'none'}")
+            self._fail(f"offset {shown(self.offset)}, format {self.format} takes {' or '.join(offsets) or 'none'}")
         if len(self.codebook) != (16 if info.has_codebook else 0):
             self._fail(
                 f"{len(self.codebook)} codebook entries, format {self.format} takes {16 if info.has_codebook else 0}"
@@ -185,7 +186,7 @@ class TensorSpec:
         if any(abs(entry) > 127 for entry in self.codebook):
             self._fail(f"codebook {list(self.codebook)}, expected integers of -127 to 127")
         if not isinstance(self.input_order, bool):
-            self._fail(f"input_order is {self.input_order!r}, expected true or false")
+            self._fail(f"input_order is {shown(self.input_order)}, expected true or false")
         if self.input_order and self.format != "q4a":
             self._fail(f"input_order with format {self.format}; only q4a has it")
 
@@ -267,7 +268,7 @@ class TensorSpec:
         info = FORMATS.get(str(entry.get("format")))
         if info is None:
             raise ModelFormatError(
-                f"{name}: unknown format {entry.get('format')!r}, expected one of {' '.join(FORMATS)}; "
+                f"{name}: unknown format {shown(entry.get('format'))}, expected one of {' '.join(FORMATS)}; "
                 "the model may come from a newer version"
             )
         needed = {
@@ -431,7 +432,9 @@ def check_finite(spec: TensorSpec, packed: Packed) -> None:
     if packed.scales is None:
         values = to_float32(packed.codes, spec.format)
     else:
-        with np.errstate(over="ignore"):  # the largest magnitude that the group's codes could make of them
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # the largest magnitude that the group's codes could make of them
             values = np.abs(to_float32(packed.scales, spec.scale)) * np.float32(255 if spec.offset == "u8" else 128)
             if spec.offset in ("f16", "bf16") and packed.offsets is not None:
                 values += np.abs(to_float32(packed.offsets, spec.offset))

@@ -30,6 +30,7 @@ Bytes = NDArray[np.uint8]
 
 MAX_JSON_DEPTH = 32
 _POINTER_BYTES = 1024  # what git-lfs leaves in place of a file is smaller, by its specification
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -328,9 +329,20 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=unique_keys(where), parse_constant=_no_constants(where))
     except (ValueError, RecursionError) as error:
         raise ModelFormatError(f"{where}: not valid JSON: {error}") from None
+    if _SURROGATE.search(text) and not _is_text(value):
+        raise ModelFormatError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
     if not isinstance(value, dict):
         raise ModelFormatError(f"{where}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every string in a JSON value can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def unique_keys(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..common.errors import ModelFormatError
+from ..common.reader import shown
 from .detokenizer import StreamDecoder, TokenTable, decode
 from .special import VOCABULARY_LIMIT_BYTES, FolderFiles, SpecialTokens, read_special_tokens
 
@@ -141,7 +142,7 @@ class Tokenizer:
             index = self._backend.id_of(special.bos)
             if index is None:
                 raise ModelFormatError(
-                    f"{folder / 'tokenizer_config.json'}: bos_token {special.bos!r} is not in the vocabulary"
+                    f"{folder / 'tokenizer_config.json'}: bos_token {shown(special.bos)} is not in the vocabulary"
                 )
             return index
         if special.says_bos or special.bos_id is None:
@@ -154,7 +155,7 @@ class Tokenizer:
             index = self._backend.id_of(special.eos)
             if index is None:
                 raise ModelFormatError(
-                    f"{folder / 'tokenizer_config.json'}: eos_token {special.eos!r} is not in the vocabulary"
+                    f"{folder / 'tokenizer_config.json'}: eos_token {shown(special.eos)} is not in the vocabulary"
                 )
             ids.insert(0, index)
         return tuple(dict.fromkeys(ids))

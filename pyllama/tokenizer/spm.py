@@ -36,7 +36,10 @@ class SpmBackend:
         size = self._processor.vocab_size()
         if size > MAX_TOKENS:
             raise ModelFormatError(f"{path}: {size} pieces; at most {MAX_TOKENS} is sensible")
-        self._pieces: list[str] = [self._processor.id_to_piece(i) for i in range(size)]
+        try:
+            self._pieces: list[str] = [self._processor.id_to_piece(i) for i in range(size)]
+        except UnicodeDecodeError as error:
+            raise ModelFormatError(f"{path}: a piece is not valid UTF-8: {error.reason}") from None
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
         control = {i for i in range(size) if self._processor.is_control(i) or self._processor.is_unknown(i)}
         self._cut = {self._pieces[i]: i for i in control}

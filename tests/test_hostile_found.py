@@ -1,0 +1,62 @@
+"""What fuzzing found (`make fuzz`), one test per defect: files that once raised something else than ModelFormatError.
+
+Defects that somebody thought of: test_hostile_files.py, test_hostile_models.py, test_hostile_torch.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pyllama.chat_template import ChatTemplate
+from pyllama.common.errors import ModelFormatError
+from pyllama.tokenizer import Tokenizer
+from quantize.readers import open_source
+from tests import make_sources as make
+from tests.helpers_hostile import SMALL, WEIGHTS, refused
+from tests.helpers_tokenizer import train_sentencepiece, write_folder
+
+
+def test_a_key_that_does_not_print(tmp_path: Path) -> None:
+    scaling = {"type": "linear", "factor": 2.0, "fac\x1b[31mtor\n": 2.0}
+    folder = make.write_hf_folder(tmp_path / "m", SMALL, WEIGHTS, rope_scaling=scaling)
+    with pytest.raises(ModelFormatError, match=r"fac\\x1b\[31mtor\\n: is not known") as caught:
+        open_source(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_a_librarys_words_that_do_not_print(tmp_path: Path) -> None:
+    document = json.loads(make.small_tokenizer_json()) | {"version": "\x1b\n"}
+    folder = write_folder(tmp_path / "m", {"tokenizer.json": document})
+    refused(Tokenizer.from_folder, folder / ".." / "m", r"tokenizers library cannot open it.*\\x1b\\n")
+
+
+def test_half_of_a_surrogate_pair(tmp_path: Path) -> None:
+    config = {"mask_token": "<\ud800>", "pad_token": "😀"}
+    folder = write_folder(
+        tmp_path / "m", {"tokenizer.json": make.small_tokenizer_json(), "tokenizer_config.json": config}
+    )
+    refused(Tokenizer.from_folder, folder, r"tokenizer_config.json: holds half of a surrogate pair")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "😀"}))
+    Tokenizer.from_folder(folder)
+
+
+def test_a_piece_that_is_not_utf8(tmp_path: Path) -> None:
+    proto = train_sentencepiece(500).replace(b"<think>", b"<thin\xae>", 1)
+    folder = write_folder(tmp_path / "m", {"tokenizer.model": proto})
+    refused(Tokenizer.from_folder, folder, r"tokenizer.model: a piece is not valid UTF-8")
+
+
+def test_a_template_whose_refusal_does_not_print() -> None:
+    template = ChatTemplate("{{ raise_exception('\\x1b[31m' ~ 'a' * 9000) }}")
+    with pytest.raises(ValueError, match=r"refuses these messages: \\x1b\[31ma") as caught:
+        template.render([{"role": "user", "content": "Hi"}])
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_a_template_whose_block_gives_no_text() -> None:
+    template = ChatTemplate("{% call(u) dict(a=messages) %}{% endcall %}")
+    with pytest.raises(ModelFormatError, match="a block gives a dict"):
+        template.render([{"role": "user", "content": "Hi"}])
