@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pyllama.common.errors import PyllamaError
+from pyllama.common.errors import ModelFormatError, PyllamaError
 from pyllama.common.formats import FORMATS, GROUPS
 
 from .convert import Plan, check_request, make_plan, size_text, write_plan
@@ -27,6 +27,7 @@ from .lora import merge_adapters
 from .methods import METHODS
 from .pipeline import parse_size
 from .readers import SourceTensor, open_source
+from .readers.source import name_of
 from .verify import verify
 from .writer import check_output
 
@@ -205,9 +206,9 @@ class _LoraScale(argparse.Action):
 def _run_convert(arguments: list[str]) -> int:
     parser = _convert_parser()
     options = parser.parse_args(arguments)
-    if options.output is None and not options.dry_run:
+    if not options.output and not options.dry_run:
         src = Path(options.src)
-        suggestion = f"{src.stem if src.suffix == '.gguf' else src.resolve().name}-{options.format or 'pyllama'}"
+        suggestion = f"{src.stem if src.suffix == '.gguf' else name_of(src)}-{options.format or 'pyllama'}"
         parser.error(f"say where to put the model folder, for example: -o {suggestion}")
     check_request(options.format, options.group_size, options.method, options.tensor_type)
     out = (
@@ -325,6 +326,8 @@ def _run_verify(arguments: list[str]) -> int:
     parser.add_argument("folder", metavar="OUT", help="the model folder")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options = parser.parse_args(arguments[1:])
+    if not Path(options.folder).is_dir():
+        raise ModelFormatError(f"{options.folder}: no such folder; expected a model folder that `quantize` wrote")
     with _progress("verifying", "bytes") as report:
         found = verify(options.folder, progress=report)
     if options.json:

@@ -114,6 +114,24 @@ def test_names_that_are_none(capsys: Captured) -> None:
     assert "`pyllama download no-such-owner/model` fetches it" in capsys.readouterr().err
 
 
+def test_what_the_hub_keeps_is_called_as_there(tmp_path: Path, capsys: Captured) -> None:
+    """Its folders have a commit's number for a name."""
+    folder = tmp_path / "models--owner--small-model" / "snapshots" / "0123abcd"
+    make.write_hf_folder(folder, SHAPE, WEIGHTS)
+    assert open_source(folder).identity["name"] == "small-model"
+    (folder / "tokenizer.json").write_bytes(make.small_tokenizer_json())
+    LLM(folder).close()
+    assert all(path.name.startswith("small-model-") for path in cache_folder().iterdir())
+    with pytest.raises(SystemExit):
+        quantize([str(folder), "-o", ""])
+    assert "for example: -o small-model-pyllama" in capsys.readouterr().err
+
+
+def test_verifying_what_is_not_there(tmp_path: Path, capsys: Captured) -> None:
+    assert quantize(["verify", str(tmp_path / "nowhere")]) == 1
+    assert f"{tmp_path / 'nowhere'}: no such folder; expected a model folder that" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ what is left out
 
 

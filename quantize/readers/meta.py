@@ -25,7 +25,7 @@ from ..binding import bind
 from ..families import find_family
 from ..fields import Fields, base_config
 from .safetensors_folder import TOKENIZER_FILES, tokenizer_files
-from .source import Joined, Rows, Source, identity_of, same_numbers
+from .source import Joined, Rows, Source, identity_of, name_of, same_numbers
 from .tiktoken_vocab import BEGIN, TiktokenVocabulary, is_tiktoken
 from .torch_file import archive_name, read_torch
 
@@ -68,7 +68,7 @@ def open_meta(folder: Path) -> Source:
     tokenizer = _Tokenizer(vocabulary, config["vocab_size"], calls_tools=config["rope_scaling"] is not None)
     config["bos_token_id"], config["eos_token_ids"] = tokenizer.begin_and_ends()
     used = [params_path, *paths, *tokenizer.paths]
-    identity = identity_of("meta", os.path.basename(os.path.abspath(folder)), used)
+    identity = identity_of("meta", name_of(folder), used)
     return Source("meta", config, tensors, {}, identity, tokenizer.files, "llama")
 
 

@@ -6,7 +6,6 @@ they hold hf_weights.py's, packed matrices are hf_quantized.py's.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..fields import Fields
 from .hf_config import read_hf_config
 from .hf_quantized import OLD_DESCRIPTIONS, unpack_quantized
 from .hf_weights import read_weights
-from .source import Rows, Source, identity_of, same_numbers
+from .source import Rows, Source, identity_of, name_of, same_numbers
 
 # Files that a tokenizer may need, and the most bytes each may have.
 TOKENIZER_FILES = {
@@ -60,7 +59,7 @@ def open_safetensors(folder: Path, single: Path | None = None) -> Source:
     used = [config_path, *paths, *(folder / name for name in beside if (folder / name).exists())]
     identity = identity_of(
         "safetensors" if paths[0].suffix == ".safetensors" else "torch",
-        os.path.basename(os.path.abspath(single or folder)),
+        name_of(single or folder),
         used,
     )
     name = found.family.architecture

@@ -9,6 +9,7 @@ finite once for everything behind, made in steps of a few MiB whatever the tenso
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -343,6 +344,15 @@ def same_numbers(a: Rows, b: Rows) -> bool:
         return all(np.array_equal(left[i : i + step], right[i : i + step]) for i in range(0, left.size, step))
     steps = _steps(np.arange(a.shape[0]), a.shape)
     return all(np.array_equal(a.read(index), b.read(index), equal_nan=True) for index in steps)
+
+
+def name_of(path: Path) -> str:
+    """What a checkpoint is called: the last part of its path, or in the hub's cache, where that is a commit's number,
+    the repository's name."""
+    here = Path(os.path.abspath(path))
+    if here.parent.name == "snapshots" and here.parent.parent.name.startswith("models--"):
+        return here.parent.parent.name.rpartition("--")[2]
+    return here.name
 
 
 def identity_of(kind: str, name: str, paths: Sequence[Path]) -> dict[str, Any]:
