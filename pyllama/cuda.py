@@ -61,8 +61,11 @@ def check_device(device: str) -> None:
         raise ValueError(f'device={device!r}: expected "auto", "cpu", "cuda" or "cuda:N"')
 
 
-def choose_device(device: str, config: Mapping[str, Any] | None = None) -> tuple[CudaDevice | None, str | None]:
-    """The device that is meant, None for the CPU; and why "auto" means the CPU.
+def choose_device(
+    device: str, config: Mapping[str, Any] | None = None, n_ctx: int | None = None
+) -> tuple[CudaDevice | None, str | None]:
+    """The device that is meant, None for the CPU; and why "auto" means the CPU. config: of the model that is to run
+    there, in contexts of `n_ctx` tokens.
 
     "auto": the first CUDA device, where there is one that runs kernels and this model; never an emulated one, and none
     before PROVEN_ON_A_GPU. Raises DeviceError with the reasons where CUDA is asked for and cannot be had.
@@ -72,7 +75,7 @@ def choose_device(device: str, config: Mapping[str, Any] | None = None) -> tuple
         return None, None
     try:
         found = find_device(int(device.partition(":")[2] or 0))
-        trouble = unsupported_on_device(config) if config is not None else None
+        trouble = unsupported_on_device(config, n_ctx) if config is not None else None
         if trouble is not None:
             raise DeviceError(trouble)
         if device == "auto" and found.emulated:

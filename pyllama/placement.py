@@ -51,7 +51,7 @@ class Placement:
         self._n_seqs, self._max_batch_tok = n_seqs, max_batch_tok
         self.n_layers = int(opened.config["n_layers"])
         check_gpu_layers(gpu_layers, self.n_layers)
-        self._cuda, self._note = choose_device(device, opened.config | {"max_seq_len": n_ctx})
+        self._cuda, self._note = choose_device(device, opened.config, n_ctx)
         self.gpu_layers = 0
         if self._cuda is None and gpu_layers not in ("auto", 0):
             raise DeviceError(f'gpu_layers={gpu_layers!r}: {self._note}; gpu_layers goes with device="cuda"')
@@ -121,11 +121,11 @@ class Placement:
     def device_for_draft(self, draft: OpenedModel) -> str:
         """Where a draft model runs, for `_C.Model`: on the device, if all of it, with every context that it may keep,
         fits beside this model, which is there already, and its cache, which is to come; else "", the CPU."""
-        if self._cuda is None or sizes.unsupported_on_device(draft.config):
+        n_ctx = min(self._n_ctx, int(draft.config["max_seq_len"]))
+        if self._cuda is None or sizes.unsupported_on_device(draft.config, n_ctx):
             return ""
         own = self.plan.on_device
         assert own is not None
-        n_ctx = min(self._n_ctx, int(draft.config["max_seq_len"]))
         guide = Planner(draft.config, draft.specs, n_ctx, n_seqs=MOST_CONTEXTS)
         left = free_bytes(self._cuda.index) - own.cache
         return self.device if guide.on_device(guide.n_layers, spare=own.spare).total <= left else ""

@@ -287,9 +287,9 @@ def plan_model(
     described = describe_model(path)
     planner = Planner(described.config, described.specs, n_ctx, kv_dtype)
     name = (described.config.get("source") or {}).get("name") or described.path.name
-    chosen, note = choose_device(device, described.config) if device_free is None else (None, None)
+    chosen, note = choose_device(device, described.config, planner.n_ctx) if device_free is None else (None, None)
     if device_free is not None:
-        trouble = sizes.unsupported_on_device(described.config)
+        trouble = sizes.unsupported_on_device(described.config, planner.n_ctx)
         if trouble is not None:
             raise DeviceError(f'device="{device}": {trouble}')
         chosen = CudaDevice(0, "not here", device_free, device_free)

@@ -27,13 +27,18 @@ Config = Mapping[str, Any]
 Tensors = Mapping[str, TensorSpec]
 
 
-def unsupported_on_device(config: Config) -> str | None:
-    """Why no CUDA device can run a model of this config; None if one can."""
+def unsupported_on_device(config: Config, n_ctx: int | None = None) -> str | None:
+    """Why no CUDA device can run a model of this config in contexts of `n_ctx` tokens, by default of the model's own
+    length; None if one can.
+    """
     if config["head_dim"] > _MAX_HEAD_DIM or config["head_dim"] % 2:
         return f"head_dim {config['head_dim']}: the CUDA kernels take even ones up to {_MAX_HEAD_DIM}"
     window = config.get("sliding_window")
-    if window is not None and window < config["max_seq_len"]:
-        return "sliding_window: the CUDA kernels do not know it"
+    if window is not None and window < (longest := n_ctx or config["max_seq_len"]):
+        return (
+            f"sliding_window {window}, shorter than the context of {longest} tokens: the CUDA kernels do not know it;"
+            f" with n_ctx={window} and less it changes nothing"
+        )
     return None
 
 

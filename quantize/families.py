@@ -29,7 +29,8 @@ class Family:
     interleaved: rotary pairs are neighbouring rows, to be put into Hugging Face's order.
     ignored: tensors that carry nothing (patterns). zero_only: tensors accepted only when they are all zero.
     defaults: what the source's own software assumes for a key that is absent.
-    window: finds the sliding window and its layers. rope_types: other names of kinds of rope scaling.
+    window: finds the sliding window and its layers, given the canonical config so far.
+    rope_types: other names of kinds of rope scaling.
     """
 
     architecture: str
@@ -44,7 +45,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     zero_only: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    window: Callable[[Family, Fields, int], Window] | None = None
+    window: Callable[[Family, Fields, Mapping[str, Any]], Window] | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
 
 

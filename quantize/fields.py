@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.model_folder import NO_TOKEN
 from pyllama.common.reader import shown
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ LIMITS = {
     "vocab_size": 1 << 22,
     "max_seq_len": 1 << 26,
 }
-
-NO_TOKEN = (-1, 0xFFFFFFFF)  # how some tools write "none": also as all ones of an unsigned number
 
 
 class Fields:
@@ -82,14 +81,15 @@ class Fields:
         return None if value is None or value in NO_TOKEN else self.integer(key, 0, vocab_size - 1)
 
     def tokens(self, key: str, vocab_size: int) -> list[int]:
-        """A token id or a list of them, as a list without duplicates."""
+        """A token id or a list of them, as a list without duplicates and without what means none."""
         value = self.get(key)
         if not isinstance(value, list):
             one = self.token(key, vocab_size)
             return [] if one is None else [one]
-        if len(value) > 1024 or any(type(v) is not int or not 0 <= v < vocab_size for v in value):
+        ids = [v for v in value if v is not None and v not in NO_TOKEN]
+        if len(value) > 1024 or any(type(v) is not int or not 0 <= v < vocab_size for v in ids):
             self.fail(key, f"found {shown(value)}, expected token ids of 0 to {vocab_size - 1}")
-        return list(dict.fromkeys(value))
+        return list(dict.fromkeys(ids))
 
 
 def base_config(family: Family, fields: Fields, vocab_size: int | None = None) -> dict[str, Any]:
@@ -174,19 +174,22 @@ def _windows(family: Family, fields: Fields, config: Mapping[str, Any]) -> dict[
     """`sliding_window` and `sliding_layers`, where they change anything."""
     if family.window is None:
         return {}
-    window, layers = family.window(family, fields, config["n_layers"])
+    window, layers = family.window(family, fields, config)
     if window is None or window >= config["max_seq_len"] or not layers:
         return {}
     everywhere = len(layers) == config["n_layers"]
     return {"sliding_window": window} | ({} if everywhere else {"sliding_layers": layers})
 
 
-def window_of_all(family: Family, fields: Fields, n_layers: int) -> Window:
-    """One number, for all layers; null or absent for none. `layer_types`, where given, must say the same."""
-    window = _window(family, fields)
+def window_of_all(family: Family, fields: Fields, config: Mapping[str, Any]) -> Window:
+    """One number, for all layers; null or absent for none. `layer_types`, where given, must say the same, unless the
+    window holds the whole context, where both kinds are one.
+    """
+    window, n_layers = _window(family, fields), config["n_layers"]
     expected = LAYER_TYPES[window is not None]
     kinds = _layer_types(fields, n_layers)
-    if kinds is not None and set(kinds) != {expected}:
+    holds_all = window is not None and window >= config["max_seq_len"]
+    if kinds is not None and set(kinds) != {expected} and not holds_all:
         fields.fail("layer_types", f"found {shown(kinds)}; with sliding_window {window} all are {expected}")
     return window, list(range(n_layers))
 
@@ -205,8 +208,9 @@ def _layer_types(fields: Fields, n_layers: int) -> list[str] | None:
     return kinds
 
 
-def window_of_some(family: Family, fields: Fields, n_layers: int) -> Window:
+def window_of_some(family: Family, fields: Fields, config: Mapping[str, Any]) -> Window:
     """Only with use_sliding_window; in the layers that `layer_types` names, by default from max_window_layers on."""
+    n_layers = config["n_layers"]
     if not fields.flag("use_sliding_window"):
         window, layers = None, list[int]()
     else:

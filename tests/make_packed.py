@@ -62,9 +62,19 @@ def random_matrix(
 
 
 def gptq(
-    module: str, m: Matrix, *, bits: int = 4, number: str = "F16", v2: bool = False, g_idx: bool = True
+    module: str,
+    m: Matrix,
+    *,
+    bits: int = 4,
+    number: str = "F16",
+    v2: bool = False,
+    g_idx: bool = True,
+    overwrites: bool = False,
 ) -> Tensors:
-    """auto-gptq: code (n, k) at bits (k·bits) % 32 of word (k·bits / 32, n); zero points run along n, less 1 in v1."""
+    """auto-gptq: code (n, k) at bits (k·bits) % 32 of word (k·bits / 32, n); zero points run along n, less 1 in v1.
+
+    A zero point 0 borrows from its neighbours in v1 (gptqmodel), or `overwrites` them, as -1 in 32 bits is all ones.
+    """
     per = 32 // bits
     n, k = m.codes.shape
     words = np.zeros((k // per, n), np.uint64)
@@ -75,7 +85,10 @@ def gptq(
     for row in range(n):
         for g in range(len(zeros)):
             stored = int(m.offsets[row, g]) - (0 if v2 else 1)
-            zeros[g, row // per] += stored << (row % per * bits)  # a zero point 0 borrows from its neighbour in v1
+            if overwrites:
+                zeros[g, row // per] |= stored % (1 << 32) << (row % per * bits)
+            else:
+                zeros[g, row // per] += stored << (row % per * bits)
     tensors = {
         "qweight": _words(words),
         "qzeros": _words((zeros % (1 << 32)).astype(np.uint64)),

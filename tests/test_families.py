@@ -221,6 +221,14 @@ def test_layer_types_that_agree_with_the_window(kind: str) -> None:
         assert canonical(kind, sliding_window=window, layer_types=[name] * 3) == same_without
 
 
+@pytest.mark.parametrize("kind", ["mistral", "phi3"])
+def test_layer_types_mean_nothing_where_the_window_holds_the_context(kind: str) -> None:
+    for kinds in (["full_attention"] * 3, ["sliding_attention"] * 3, ["full_attention"] * 2 + ["sliding_attention"]):
+        assert canonical(kind, sliding_window=SHAPE.max_seq_len, layer_types=kinds) == SHAPE.config()
+    with pytest.raises(ModelFormatError, match="layer_types: found"):
+        canonical(kind, sliding_window=SHAPE.max_seq_len - 1, layer_types=["full_attention"] * 3)
+
+
 def test_yarn_needs_a_base_above_one(tmp_path: Path) -> None:
     """Refused before anything is converted: what it would become could not be opened."""
     yarn = {"rope_scaling": {"type": "yarn", "factor": 4.0}}
@@ -258,7 +266,7 @@ def test_windows_of_some_layers(kind: str) -> None:
 @given(n=st.integers(1, 40), first=st.integers(0, 50), window=st.integers(1, 1 << 30))
 def test_max_window_layers(n: int, first: int, window: int) -> None:
     values = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": first}
-    found = window_of_some(HF["qwen2"], Fields(values, "here"), n)
+    found = window_of_some(HF["qwen2"], Fields(values, "here"), {"n_layers": n})
     assert found == (window, [i for i in range(n) if i >= first])
 
 

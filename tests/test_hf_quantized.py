@@ -432,6 +432,49 @@ def test_zero_points_that_are_not_symmetric(tmp_path: Path) -> None:
         open_source(tmp_path).tensors["layers.0.wq"].read_packed()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_that_auto_gptq_overwrote(bits: int, tmp_path: Path) -> None:
+    """Beside a zero point of 0 it left ones only. Where there is none, its files are read as ever."""
+    config = GPTQ | {"bits": bits}
+
+    def packer(module: str, matrix: pack.Matrix) -> pack.Tensors:
+        return pack.gptq(module, matrix, bits=bits, overwrites=True)
+
+    folder_of(tmp_path / "bad", packer, {"quantization_config": config}, bits=bits, zeros=(0, 14))
+    tensor = open_source(tmp_path / "bad").tensors["layers.0.wq"]
+    for read in (tensor.read, lambda: tensor.read(slice(3, 4))) + ((tensor.read_packed,) if bits == 4 else ()):
+        with pytest.raises(ModelFormatError, match=r"q_proj\.qzeros' holds \d+ zero points that were lost"):
+            read()
+    values = folder_of(tmp_path / "good", packer, {"quantization_config": config}, bits=bits, zeros=(1, 15))
+    found = open_source(tmp_path / "good").tensors["layers.0.wq"].read()
+    assert (found == values["layers.0.wq"].astype(np.float32)).all()
+
+
+def test_zero_points_of_gptqmodel_are_never_doubted(tmp_path: Path) -> None:
+    """A 0 with nothing but 1 above it looks like an overwritten word; its own name in the description decides."""
+
+    def packer(module: str, matrix: pack.Matrix) -> pack.Tensors:
+        matrix.offsets[:] = 1
+        matrix.offsets[5::8] = 0
+        return pack.gptq(module, matrix)
+
+    meta = {"meta": {"quantizer": ["gptqmodel:2.2.0"]}}
+    values = folder_of(tmp_path / "known", packer, {"quantization_config": GPTQ | meta}, zeros=(1, 15))
+    found = open_source(tmp_path / "known").tensors["layers.0.wq"].read()
+    assert (found == values["layers.0.wq"].astype(np.float32)).all()
+    folder_of(tmp_path / "unknown", packer, {"quantization_config": GPTQ}, zeros=(1, 15))
+    with pytest.raises(ModelFormatError, match="zero points that were lost"):
+        open_source(tmp_path / "unknown").tensors["layers.0.wq"].read()
+
+
+def test_zero_points_of_another_form(tmp_path: Path) -> None:
+    """Symmetric ones are 8: what would be 9 was stored as gptq_v2 does, whatever the description says."""
+    config = {"quantization_config": GPTQ | {"sym": True}}
+    folder_of(tmp_path, lambda m, x: pack.gptq(m, x, v2=True), config, zeros=(8, 8))
+    with pytest.raises(ModelFormatError, match=r"not less one; set checkpoint_format to gptq_v2"):
+        open_source(tmp_path).tensors["layers.0.wq"].read_packed()
+
+
 def test_scales_not_finite(tmp_path: Path) -> None:
     def packer(module: str, matrix: pack.Matrix) -> pack.Tensors:
         tensors = pack.gptq(module, matrix)

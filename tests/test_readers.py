@@ -154,6 +154,10 @@ def test_hf_rope(tmp_path: Path, changes: dict[str, Any], theta: float, scaling:
 def test_hf_generation_config_overrides_eos(tmp_path: Path) -> None:
     folder = make.write_hf_folder(tmp_path / "m", Shape(), make.random_weights(Shape()), eos_token_id=[2, 7, 2])
     assert open_source(folder).config["eos_token_ids"] == [2, 7]
+    (tmp_path / "none").mkdir()
+    for ids in ([2, -1, 7], [None, 2, 7], [2, 7, 0xFFFFFFFF]):  # tools' ways of saying that there is no more
+        other = make.write_hf_folder(tmp_path / "none", Shape(), make.random_weights(Shape()), eos_token_id=ids)
+        assert open_source(other).config["eos_token_ids"] == [2, 7]
     assert open_source(folder).generation_config == {}
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 2], "temperature": 0.6}')
     source = open_source(folder)

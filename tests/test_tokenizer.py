@@ -392,7 +392,7 @@ def test_several_end_tokens_are_gathered_from_all_files(tmp_path: Path) -> None:
         document,
         tokenizer_config={"bos_token": None, "eos_token": "</s>"},
         config={"bos_token_id": 1, "eos_token_ids": [5], "vocab_size": 300},
-        generation_config={"eos_token_id": [6, 2]},
+        generation_config={"eos_token_id": [6, None, -1, 0xFFFFFFFF, 2]},
     )
     assert (ours.eos_ids, ours.bos_id, ours.vocab_size) == ((2, 5, 6), None, 300)
     assert ours.decode([299]) == "" and ours.id_to_piece(299) == ""
@@ -494,7 +494,7 @@ def test_broken_vocabularies(files: dict[str, Any], message: str, tmp_path: Path
         ("config", {"eos_token_id": "2"}, "eos_token_id must be an integer"),
         ("config", {"eos_token_id": 99999}, "eos_token_id is 99999, but the vocabulary has ids 0 to"),
         ("config", {"bos_token_id": 99999}, "bos_token_id is 99999, but the vocabulary has ids 0 to"),
-        ("generation_config", {"eos_token_id": [1, None]}, "eos_token_id must be an integer"),
+        ("generation_config", {"eos_token_id": [1, "2"]}, "eos_token_id must be an integer"),
     ],
 )
 def test_broken_settings(name: str, content: Any, message: str | None, tmp_path: Path) -> None:

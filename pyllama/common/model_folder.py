@@ -27,6 +27,7 @@ WEIGHTS_FILE = "model.safetensors"
 ARCHITECTURES = ("llama",)
 NO_CHECKSUM = "0" * 64  # stands in the header until the payload is written
 
+NO_TOKEN = (-1, 0xFFFFFFFF)  # how some tools write "none": also as all ones of an unsigned number
 _MAX_LAYERS = 10_000
 MAX_VOCAB = (1 << 20) - 1  # the engine's own limit: sums of so many weights of tokens fit 64 bits
 _MAX_SIDE = 1 << 26  # the engine's own limit: far beyond any model, and products of two fit 64 bits

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import ModelFormatError
+from ..common.model_folder import NO_TOKEN
 from ..common.reader import parse_json, read_bytes, shown
 
 JSON_LIMIT_BYTES = 16 << 20
@@ -134,11 +135,11 @@ def _flag(config: dict[str, Any], key: str, path: Path) -> bool | None:
 
 
 def _ids(value: Any, key: str, path: Path) -> list[int]:
-    """An id or a list of ids; a negative one is the old way of saying "none"."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
+    """An id or a list of ids; null and a negative one mean "none", as NO_TOKEN does."""
+    values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise ModelFormatError(f"{path}: {key} must be an integer or a list of integers, found {shown(value)}")
-    return [v for v in values if v >= 0]
+    return [v for v in values if v >= 0 and v not in NO_TOKEN]
 
 
 def _vocab_size(model: dict[str, Any], path: Path) -> int:

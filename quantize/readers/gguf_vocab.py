@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.model_folder import NO_TOKEN
 from pyllama.common.reader import shown
 
-from ..fields import NO_TOKEN
 from .byte_level_bpe import PRE_TOKENIZERS, PreTokenizer, to_json, tokenizer_json
 from .sentencepiece_proto import Piece, model_bytes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,8 @@ class GptqRows(Grouped):
     qweight I32 [K·bits/32, N]; qzeros I32 [G, N·bits/32], a word holding neighbouring n; scales [G, N]; g_idx I32 [K].
     plus_one: zero points are stored less one (checkpoint_format gptq). Then one is added in every field of a word at
     once, as gptqmodel does: where it stored the zero point 0, the borrow of its subtraction comes back as the carry.
+    auto-gptq and auto-round put ones over the rest of the word there instead, and what stood in it is lost; so it is
+    looked for, unless `borrows` says that the writer is known to do otherwise.
     """
 
     method = "GPTQ"
@@ -159,9 +162,10 @@ class GptqRows(Grouped):
         *,
         plus_one: bool,
         symmetric: bool,
+        borrows: bool,
     ) -> None:
         super().__init__(module, parts, shape, bits, group)
-        self.plus_one, self.symmetric = plus_one, symmetric
+        self.plus_one, self.symmetric, self.borrows = plus_one, symmetric, borrows
         if "g_idx" in parts:
             of_column = parts["g_idx"].data().view("<i4").astype(np.intp)
             if of_column.min() < 0 or of_column.max() >= self.n_groups:
@@ -206,7 +210,33 @@ class GptqRows(Grouped):
         if self.plus_one:
             words = words + np.uint32(0x11111111 if self.bits == 4 else 0x01010101)
         zeros = unpack_bits(np.ascontiguousarray(words).view(np.uint8), self.bits)
+        if self.plus_one:
+            self._check_zero_points(zeros)
         return np.ascontiguousarray(_columns(zeros, here).T)
+
+    def _check_zero_points(self, zeros: Array) -> None:
+        """Raises where the stored zero points show that they were not written as the description says."""
+        wrong = ""
+        if self.symmetric and (zeros == (1 << self.bits >> 1) + 1).all():
+            wrong = "zero points as they are, not less one; set checkpoint_format to gptq_v2 in the description"
+        elif not self.symmetric and not self.borrows and self._overwritten:
+            wrong = (
+                f"{self._overwritten} zero points that were lost when it was written: beside one of 0 in their word,"
+                " only ones are left; take an export by gptqmodel, an AWQ export, or the original"
+            )
+        if wrong:
+            raise ModelFormatError(f"{self.where}: tensor {shown(self.parts['qzeros'].name)} holds {wrong}")
+
+    @cached_property
+    def _overwritten(self) -> int:
+        """How many fields lie above one of all ones in words whose every such field has but ones above it.
+
+        A borrow leaves that only where all zero points above it are 1; one such field elsewhere acquits the tensor.
+        """
+        fields = unpack_bits(np.ascontiguousarray(self.words("qzeros")).view(np.uint8), self.bits)
+        ones = fields.reshape(-1, 32 // self.bits) == (1 << self.bits) - 1
+        below, above = ones[:, :-1], ones[:, 1:]
+        return int(np.count_nonzero(below)) if (below <= above).all() else 0
 
 
 class AwqRows(Grouped):

@@ -204,6 +204,8 @@ class _Gptq(_Description):
         if form not in ("gptq", "gptq_v2"):
             self.fail("checkpoint_format", f"found {shown(form)}, only gptq and gptq_v2 can be read; take the original")
         self.plus_one = form == "gptq"
+        meta = values.get("meta")
+        self.borrows = "gptqmodel" in shown(meta.get("quantizer") if isinstance(meta, dict) else None).lower()
         self.dynamic = bool(values.get("dynamic"))
         self.bits = self.integer("bits", (2, 3, 4, 8) if self.dynamic else (4, 8))
         self.group = self.integer("group_size", (-1, *_GROUPS))
@@ -227,7 +229,8 @@ class _Gptq(_Description):
             self.demand(parts["g_idx"], ("I32",), (k,))
         elif self.desc_act:
             self.fail("desc_act", f"is true, but module {shown(module)} has no g_idx")
-        return GptqRows(module, parts, (n, k), bits, group, plus_one=self.plus_one, symmetric=self.symmetric)
+        how = {"plus_one": self.plus_one, "symmetric": self.symmetric, "borrows": self.borrows}
+        return GptqRows(module, parts, (n, k), bits, group, **how)
 
     def _group(self, module: str, k: int, n_groups: int) -> int:
         fits = [group for group in _GROUPS if math.ceil(k / group) == n_groups]

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from pyllama import DeviceError
 from pyllama.cli.main import main
 from pyllama.plan import Plan, plan_model
+from tests import make_sources as make
 
 from .conftest import Captured
 
@@ -86,6 +88,16 @@ def test_layers_on_the_cpu_are_none_on_a_device(gguf: Path) -> None:
             plan_model(gguf, device="cpu", **options)
     with pytest.raises(ValueError, match="device="):
         plan_model(gguf, device="gpu", device_free=10**12)
+
+
+def test_windows_are_held_against_the_context_that_is_asked_for(tmp_path: Path) -> None:
+    shape = make.Shape()
+    window = {"llama__attention__sliding_window": (make.U32, 40)}
+    path = make.write_gguf(tmp_path / "window.gguf", shape, make.random_weights(shape), **window)
+    assert plan_model(path, n_ctx=40, device_free=10**12).on_device is not None
+    for n_ctx, longest in ((41, 41), (None, shape.max_seq_len)):
+        with pytest.raises(DeviceError, match=f"sliding_window 40, shorter than the context of {longest} tokens"):
+            plan_model(path, n_ctx=n_ctx, device_free=10**12)
 
 
 def test_sizes_of_memory(gguf: Path) -> None:

@@ -108,7 +108,7 @@ def test_as_many_layers_as_fit(emulated: Emulated, monkeypatch: pytest.MonkeyPat
         emulated.call("leave_memory", -1)
 
 
-def real_looking(device: str, config: Any) -> Any:
+def real_looking(device: str, config: Any, n_ctx: int) -> Any:
     """choose_device as if the emulated device were a real one."""
     from pyllama.cuda import find_device
 
