@@ -24,11 +24,12 @@ from pyllama.common.formats import TensorSpec, dense, dequantize, pack, unpack
 from pyllama.common.model_folder import read_model_folder
 from pyllama.demo import demo_source
 from quantize import make_plan, write_plan
+from quantize.compare import EVALUATION_TEXT
 from quantize.readers import open_source
 from quantize.writer import TOKENIZER_FILES, FolderWriter
 
 TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q4_K_S", "IQ4_XS", "Q3_K_M", "Q2_K")
-TEXT = Path(__file__).parent.parent / "tests" / "data" / "english.txt"
+TEXT = EVALUATION_TEXT
 WIDTH, HEADS, KV_HEADS = 768, 12, 4
 CHUNK, CHUNKS = 512, 3
 

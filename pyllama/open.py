@@ -87,7 +87,7 @@ def locate(path: str | os.PathLike[str], *, format: str | None = None) -> Path:
     """The model folder that `path` means, converting a foreign checkpoint into the cache if it is not there yet."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"format={format!r}: expected one of {' '.join(FORMATS)}")
-    source = _find(path)
+    source = source_path(path)
     if not is_model_folder(source):
         return _converted(source, format)
     if format is not None:
@@ -95,7 +95,8 @@ def locate(path: str | os.PathLike[str], *, format: str | None = None) -> Path:
     return source
 
 
-def _find(path: str | os.PathLike[str]) -> Path:
+def source_path(path: str | os.PathLike[str]) -> Path:
+    """The file or folder that a path or "demo" means. Raises FileNotFoundError, ValueError for an empty one."""
     name = os.fspath(path)
     if not name:
         raise ValueError("the model's path is empty")
@@ -210,7 +211,7 @@ class Description:
 
 def describe_model(path: str | os.PathLike[str]) -> Description:
     """Describes what `path` means without reading weights or converting anything. Raises as `open_model` does."""
-    source = _find(path)
+    source = source_path(path)
     return _describe_folder(source) if is_model_folder(source) else _describe_checkpoint(source)
 
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pyllama.common.errors import ModelFormatError, PyllamaError
+from pyllama.common.errors import ModelFormatError, PyllamaError, QuantizeError
 from pyllama.common.formats import FORMATS, GROUPS
 
 from .convert import Plan, check_request, make_plan, size_text, write_plan
@@ -30,6 +30,9 @@ from .readers import SourceTensor, open_source
 from .readers.source import name_of
 from .verify import verify
 from .writer import check_output
+
+if TYPE_CHECKING:
+    from .compare import Comparison
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 _PLAIN_EVERY_S = 5.0
@@ -63,7 +66,7 @@ exit codes: 0 done, 1 failed (OUT is as it was), 2 wrong usage, 130 interrupted 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with `argv` (default: the process's arguments) and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    run = _run_verify if arguments[:1] == ["verify"] else _run_convert
+    run = {"verify": _run_verify, "compare": _run_compare}.get(arguments[0] if arguments else "", _run_convert)
     try:
         with _terminated_politely():
             return run(arguments)
@@ -109,7 +112,8 @@ def _terminated_politely() -> Iterator[None]:
 def _convert_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantize",
-        usage="quantize SRC -o OUT [options]\n       quantize verify OUT [--json]",
+        usage="quantize SRC -o OUT [options]\n       quantize verify OUT [--json]\n"
+        "       quantize compare OUT… --reference SRC [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -340,6 +344,75 @@ def _run_verify(arguments: list[str]) -> int:
     return EXIT_OK
 
 
+# ---- quantize compare OUT --reference SRC ----------------------------------------------------------------------------
+
+
+def _compare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quantize compare",
+        description="Measures how far model folders are from what they were made of: both read a text, and what they "
+        "say of each next token is compared. Small is good: a mean KL divergence of .001 nats is next to nothing, "
+        ".01 is hard to notice, .1 is a model that often says something else.",
+    )
+    add = parser.add_argument
+    add("models", metavar="OUT", nargs="+", help="model folders that quantize made")
+    add("--reference", metavar="SRC", required=True, help="the checkpoint or model folder that they are compared with")
+    add("--text", metavar="FILE", help="a text in UTF-8 (default: a short one that comes with the package)")
+    add("--tokens", type=_positive, metavar="N", help="how much of the text is read at most (default: all)")
+    add("--json", action="store_true", help="print everything as one JSON list, each tensor's error included")
+    add("--svg", metavar="FILE", help="draw the errors by layer, or of several models their divergence by size")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def _run_compare(arguments: list[str]) -> int:
+    from .compare import EVALUATION_TEXT, compare
+    from .plots import svg_of
+
+    options = _compare_parser().parse_args(arguments[1:])
+    try:
+        text = Path(options.text or EVALUATION_TEXT).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise QuantizeError(f"{options.text}: is no text in UTF-8") from None
+    with _progress("comparing", "tokens") as report:
+        compared = compare(options.models, options.reference, text, max_tokens=options.tokens, progress=report)
+    if options.svg:
+        Path(options.svg).write_text(svg_of(compared), encoding="utf-8")
+    if options.json:
+        print(json.dumps([item.to_json() for item in compared]))
+    else:
+        _print_compared(compared)
+    return EXIT_OK
+
+
+def _print_compared(compared: Sequence[Comparison]) -> None:
+    first = compared[0]
+    n, reference = first.divergence.n_tokens, first.divergence.perplexity_reference
+    print(f"reference {first.reference}, run as {first.reference_format}; {n} tokens, perplexity {reference:.4g}")
+    for item in compared:
+        found = item.divergence
+        worst = sorted(item.tensors, key=lambda tensor: -tensor.relative)[:3]
+        print(f"{item.model}: {size_text(item.payload_bytes)}, {item.bits_per_weight:.3f} bits per weight")
+        print(
+            f"  KL divergence     {found.kl_mean:.5f}{_error(found.kl_error, 5)} nats; median {found.kl_median:.5f}, "
+            f"99 % {found.kl_99:.4f}, 99.9 % {found.kl_999:.4f}"
+        )
+        print(f"  same likeliest    {found.top1:.2%} of tokens")
+        print(f"  perplexity        × {found.perplexity_ratio:.4f}{_error(found.perplexity_ratio_error, 4)}")
+        print(f"  RMS of change     {found.rms_dp:.2%} in the probability of the text's own token")
+        if worst:
+            print("  largest errors    of ‖W‖²: " + ", ".join(f"{t.name} ({t.format}) {t.relative:.2g}" for t in worst))
+
+
+def _error(value: float, places: int) -> str:
+    return "" if math.isnan(value) else f" ± {value:.{places}f}"
+
+
 # ---- progress --------------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +444,7 @@ def _plain_report(what: str, unit: str) -> Report:
         now = time.monotonic()
         if now - last >= _PLAIN_EVERY_S:
             last = now
-            print(f"{what}: {done / total:4.0%} of {total / 1e6:.0f} M {unit}, {name}", file=sys.stderr, flush=True)
+            size = f"{total / 1e6:.0f} M" if total >= 10_000_000 else f"{total:,}"
+            print(f"{what}: {done / total:4.0%} of {size} {unit}, {name}", file=sys.stderr, flush=True)
 
     return show

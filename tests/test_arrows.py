@@ -50,7 +50,8 @@ PYTHON_ARROWS = {
     "pyllama.cli": {"pyllama", "pyllama.common", "pyllama.tokenizer", "pyllama.cli", "pyllama.open", "pyllama._C"},
     "pyllama.open": {"pyllama", "pyllama.common", "pyllama.tokenizer", "pyllama._C", "quantize"},
     "pyllama": {"pyllama", "pyllama.open", "pyllama.common", "pyllama.tokenizer", "pyllama._C"},
-    "quantize": {"pyllama.common", "pyllama.tokenizer", "quantize", "pyllama._C"},
+    "quantize.compare": {"pyllama", "pyllama.common", "pyllama.open", "quantize"},  # it runs both models
+    "quantize": {"pyllama.common", "pyllama.tokenizer", "quantize", "quantize.compare", "pyllama._C"},
 }
 ALLOWED_IN_COMMON = {"numpy"}
 

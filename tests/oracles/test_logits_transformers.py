@@ -19,6 +19,7 @@ from pyllama import LLM
 from pyllama.common.formats import dequantize, unpack
 from pyllama.common.model_folder import read_model_folder
 from quantize import convert
+from quantize.compare import EVALUATION_TEXT
 from quantize.readers import open_source
 from tests import make_sources as make
 
@@ -166,7 +167,7 @@ def demo_reference(demo_gguf: Path) -> LlamaForCausalLM:
 
 
 def english_ids(folder: Path) -> list[int]:
-    text = (Path(__file__).parent.parent / "data" / "english.txt").read_text(encoding="utf-8")
+    text = EVALUATION_TEXT.read_text(encoding="utf-8")
     with LLM(folder) as llm:
         ids = llm.tokenizer.encode(text)
     assert len(ids) >= N_DEMO_TOK
