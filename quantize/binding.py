@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -67,7 +67,7 @@ def bind(
     def take(source_name: str, name: str, shape: tuple[int, ...], sides: Sequence[str]) -> Rows:
         tensor = left.pop(source_name, None)
         if tensor is None:
-            raise ModelFormatError(f"{where}: tensor {source_name} ({name}) is missing")
+            raise ModelFormatError(f"{where}: tensor {source_name} ({name}) is missing{_alike(source_name, left)}")
         if tensor.shape != shape:
             _wrong_shape(family, tensor, name, shape, sides, where)
         return tensor
@@ -119,6 +119,12 @@ def halves_first(heads: int, head_dim: int) -> NDArray[np.intp]:
     """
     rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)
     return np.ascontiguousarray(rows.transpose(0, 2, 1).reshape(-1))
+
+
+def _alike(wanted: str, names: Iterable[str]) -> str:
+    """Of a missing tensor: what a file saved from another class of the same model has in its place."""
+    found = next((name for name in names if name.endswith("." + wanted) or wanted.endswith("." + name)), None)
+    return "" if found is None else f"; it is there as {shown(found)}; was another class of the model saved?"
 
 
 def _shape(config: Mapping[str, Any], sides: Sequence[str]) -> tuple[int, ...]:

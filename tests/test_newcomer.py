@@ -127,6 +127,19 @@ def test_what_the_hub_keeps_is_called_as_there(tmp_path: Path, capsys: Captured)
     assert "for example: -o small-model-pyllama" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("old", "new"), [("", "model."), ("model.", "")])
+def test_a_model_saved_from_another_class(tmp_path: Path, old: str, new: str) -> None:
+    folder = hf_folder(tmp_path)
+    named = {new + make.hf_name(name).removeprefix(old): values for name, values in WEIGHTS.items()}
+    tensors = {name: ("F32", values.shape, make.encode_dense(values, "F32")) for name, values in named.items()}
+    (folder / "model.safetensors").write_bytes(make.safetensors_of(tensors, format="pt"))
+    found = f"{new}model.embed_tokens.weight".removeprefix(old)
+    with pytest.raises(
+        ModelFormatError, match=rf"embeddings\) is missing; it is there as '{found}'; was another class"
+    ):
+        open_source(folder)
+
+
 def test_verifying_what_is_not_there(tmp_path: Path, capsys: Captured) -> None:
     assert quantize(["verify", str(tmp_path / "nowhere")]) == 1
     assert f"{tmp_path / 'nowhere'}: no such folder; expected a model folder that" in capsys.readouterr().err

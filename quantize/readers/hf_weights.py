@@ -89,8 +89,13 @@ def _weight_files(folder: Path, container: _Container) -> tuple[list[Path], dict
                 raise ModelFormatError(f"{path}: is missing; {container.index} lists it for {count} tensors")
         return paths, index
     found = sorted(folder.glob(container.pattern))
+    if not found:
+        raise ModelFormatError(
+            f"{folder}: expected weights in safetensors ({_SAFETENSORS.single}, {_SAFETENSORS.index}) or PyTorch's"
+            f" {_TORCH.pattern}, found none"
+        )
     if len(found) != 1:
-        names = ", ".join(path.name for path in found[:8]) or "none"
+        names = ", ".join(path.name for path in found[:8])
         raise ModelFormatError(
             f"{folder}: expected {container.single}, {container.index} or a single {container.pattern} file,"
             f" found {names}"
