@@ -28,7 +28,7 @@ EMULATED_TESTS = tests/test_kernels.py tests/test_sampler.py tests/test_weights.
   $(ENGINE)::test_quantized_logits_of_every_shape $(ENGINE)::test_a_long_text $(ENGINE)::test_prefill_equals_step_by_step
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test test-oracles check-tokenizers test-qemu test-arm fuzz check-crash check-cuda check-cuda-demo gpu-check asan lint format bench bench-peers dist-check clean
+.PHONY: help venv dev demo test test-oracles check-tokenizers test-qemu test-arm fuzz check-crash check-memory check-cuda check-cuda-demo gpu-check asan lint format bench bench-peers dist-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -86,6 +86,9 @@ fuzz: dev  ## damaged files of every kind for a minute: refused or read, nothing
 
 check-crash: dev  ## 200 conversions killed at every call and at random moments: none leaves a broken output
 	$(PY) scripts/check_crash.py
+
+check-memory: dev  ## peaks under --max-memory for every source in the shapes of a 70B: minutes, 4 GB of disk
+	$(PY) scripts/check_memory.py
 
 check-cuda: $(VENV)/.pyllama-dev  ## compile every CUDA kernel for every architecture: spills, registers, instructions (with nvcc)
 	@if command -v nvcc >/dev/null; then $(PIP) install "nvidia-cuda-nvdisasm>=13" || true; fi

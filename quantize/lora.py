@@ -128,6 +128,12 @@ class Merged(Rows):
             out[first : first + step] = self._step(index[first : first + step])
         return out
 
+    def release(self) -> None:
+        self._tensor.release()
+        for update, _ in self._updates:
+            update.left.release()
+            update.right.release()
+
     def _step(self, index: Index) -> NDArray[np.float64]:
         first, last = int(index[0]), int(index[-1]) + 1  # conversion reads rows in their order
         values = self._tensor.read(slice(first, last))[index - first].astype(np.float64)

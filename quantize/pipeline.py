@@ -9,6 +9,7 @@ What becomes of a tensor was decided before (convert.py); where bytes go is writ
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -77,8 +78,9 @@ def write_plan(
     if resume and is_written(target, specs, config, files):
         clear(target)
         return target
-    work = _Work.within(plan, max_memory, threads or min(_MAX_THREADS, _cores()))
     watched = _Watched((*plan.source.files, *read_now))
+    watched.release()  # what checking has looked at
+    work = _Work.within(plan, max_memory, threads or min(_MAX_THREADS, _cores()))
     writer = FolderWriter(target, specs, config, files, overwrite=overwrite, resume=resume, source=watched.stamp)
     with writer:
         finished = set(writer.finished)
@@ -171,6 +173,7 @@ class _Watched:
     """The files that a conversion reads: the same ones, unchanged, from the first byte to the last."""
 
     def __init__(self, files: Sequence[BoundedFile]) -> None:
+        self._all = tuple(files)  # a file may have been opened more than once, and mapped by any of them
         self._files = list({file.path: file for file in reversed(files)}.values())
 
     @property
@@ -187,7 +190,7 @@ class _Watched:
                 )
 
     def release(self) -> None:
-        for file in self._files:
+        for file in self._all:
             file.release()
 
 
@@ -222,8 +225,9 @@ class _Work:
             elif threads > 1:
                 threads -= 1
             else:
-                least = max(needed, peak) / 1e6
-                raise QuantizeError(f"--max-memory {max_memory / 1e6:.0f} MB: this model needs at least {least:.0f} MB")
+                # With two parts in a hundred more, for the same process never takes the same to the byte.
+                least = math.ceil(max(needed, peak) * 1.02 / 1e6)
+                raise QuantizeError(f"--max-memory {max_memory / 1e6:.0f} MB: this model needs at least {least} MB")
 
 
 def resident_bytes() -> tuple[int, int]:

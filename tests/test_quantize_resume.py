@@ -5,7 +5,6 @@ Exceptions at any moment are in test_quantize_files.py; 200 kills are `make chec
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,6 @@ from pyllama.common.errors import QuantizeError
 from quantize import convert, verify
 from quantize.cli import main
 from quantize.pipeline import parse_size, resident_bytes
-from tests import make_sources as make
 from tests.helpers_crash import FORMAT, ROOT, crash
 from tests.make_sources import Shape
 from tests.test_quantize import hf_source, listing
@@ -248,51 +246,6 @@ def test_too_little_memory_says_what_is_needed(
     assert needed and names(place) == [] and said.count("\n") == 1
     enough = (int(needed[1]) + 40) * 10**6  # a little more: this process grows meanwhile
     assert listing(convert(source, place / "model", format=FORMAT, max_memory=enough)) == whole
-
-
-# Llama 3's 70B with every side an eighth, half the words and one layer: 67 MB of embeddings, 45 MB of the layer.
-SCALED = Shape(
-    dim=1024, hidden_dim=3584, n_layers=1, n_heads=8, n_kv_heads=1, head_dim=128, vocab_size=32064, max_seq_len=8192
-)
-
-
-def sparse_checkpoint(folder: Path, shape: Shape) -> Path:
-    """A checkpoint of zeros in f16 that takes no room on the disk."""
-    tiny = make.write_hf_folder(folder, TINY, make.random_weights(TINY))
-    (tiny / "config.json").write_text(json.dumps(make.hf_config(shape)))
-    header, at = {}, 0
-    for name, sides in shape.tensors().items():
-        end = at + 2 * int(np.prod(sides))
-        header[make.hf_name(name)] = {"dtype": "F16", "shape": list(sides), "data_offsets": [at, end]}
-        at = end
-    (tiny / "model.safetensors").write_bytes(make.safetensors_bytes(header))
-    os.truncate(tiny / "model.safetensors", (tiny / "model.safetensors").stat().st_size + at)
-    return tiny
-
-
-MEASURED = """
-import sys
-from quantize.cli import main
-from quantize.pipeline import resident_bytes
-code = main(sys.argv[1:])
-print(resident_bytes()[1])
-sys.exit(code)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
-def test_the_limit_on_memory_is_kept(tmp_path: Path) -> None:
-    checkpoint = sparse_checkpoint(tmp_path / "hf", SCALED)
-
-    def peak(*options: str) -> int:
-        words = [sys.executable, "-c", MEASURED, str(checkpoint), "-o", str(tmp_path / "model"), "--overwrite"]
-        ended = subprocess.run([*words, "--format", "q8", *options], cwd=ROOT, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr
-        return int(ended.stdout.splitlines()[-1])
-
-    limit = 120 * 10**6
-    assert peak("--max-memory", "120MB") <= limit
-    assert peak() > 1.3 * limit  # what is measured is what would grow
 
 
 def test_resident_bytes_sees_memory() -> None:

@@ -106,6 +106,10 @@ class Grouped(Rows):
         )
         return Packed(codes if order is None else codes[:, order], scales, offsets, order)
 
+    def release(self) -> None:
+        for part in self.parts.values():
+            part.release()
+
     @abstractmethod
     def codes(self, index: Index) -> Array:
         """uint8 [len(index), K], contiguous."""

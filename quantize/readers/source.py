@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,10 @@ class Rows(ABC):
         """Codes, scales and offsets of the rows `index`, on `grid`; possibly not finite."""
         raise ValueError(f"{self.name}: {self.type_name} {list(self.shape)} has no grid of ours; use read()")
 
+    @abstractmethod
+    def release(self) -> None:
+        """Lets go of what is in memory of mapped files, for who reads all rows before the conversion does."""
+
 
 @dataclass(frozen=True)
 class StoredType:
@@ -167,6 +171,9 @@ class StoredTensor(Rows):
     def grid(self) -> Grid | None:
         return self.type.grid if self.type is not None and len(self.shape) == 2 else None
 
+    def release(self) -> None:
+        self.file.release()
+
     def data(self) -> Array:
         """The bytes, uint8, mapped."""
         return self.file.map(self.start, self.n_bytes, what=f"tensor {shown(self.name)}")
@@ -227,6 +234,9 @@ class Slice(Rows):
 
     def read_packed(self, index: Index) -> Packed:
         return self._whole.read_packed(index + self._first)
+
+    def release(self) -> None:
+        self._whole.release()
 
 
 class Joined(Rows):
@@ -291,6 +301,10 @@ class Joined(Rows):
             section([packed.offsets for _, packed in pieces]),
         )
 
+    def release(self) -> None:
+        for part in self._parts:
+            part.release()
+
     def _split(self, index: Index) -> list[tuple[Index, Rows, Index]]:
         """Which places of `index` each part fills, and with which of its rows."""
         if self._axis == 1:
@@ -331,19 +345,34 @@ class Scaled(Rows):
     def read(self, index: Index) -> NDArray[np.float32]:
         return self._whole.read(index) * self._factor
 
+    def release(self) -> None:
+        self._whole.release()
+
 
 def is_zero(rows: Rows) -> bool:
     """Whether all numbers of a tensor are zero, looked at in steps."""
-    return not any(rows.read(index).any() for index in _steps(np.arange(rows.shape[0]), rows.shape))
+    return not any(rows.read(index).any() for index in _passing(rows))
 
 
 def same_numbers(a: Rows, b: Rows) -> bool:
-    """Whether two tensors of one shape and type hold the same; in steps, as comparing makes an array."""
+    """Whether two tensors of one shape and type hold the same; in steps, and nothing stays in memory."""
     if isinstance(a, StoredTensor) and isinstance(b, StoredTensor):
         left, right, step = a.data(), b.data(), 1 << 22
-        return all(np.array_equal(left[i : i + step], right[i : i + step]) for i in range(0, left.size, step))
-    steps = _steps(np.arange(a.shape[0]), a.shape)
-    return all(np.array_equal(a.read(index), b.read(index), equal_nan=True) for index in steps)
+        for i in range(0, left.size, step):
+            if not np.array_equal(left[i : i + step], right[i : i + step]):
+                return False
+            a.release()
+            b.release()
+        return True
+    return all(np.array_equal(a.read(index), b.read(index), equal_nan=True) for index in _passing(a, b))
+
+
+def _passing(*tensors: Rows) -> Iterator[Index]:
+    """All rows in steps; what a step has mapped is let go of before the next."""
+    for index in _steps(np.arange(tensors[0].shape[0]), tensors[0].shape):
+        yield index
+        for rows in tensors:
+            rows.release()
 
 
 def name_of(path: Path) -> str:
@@ -433,6 +462,10 @@ class SourceTensor:
         if packed.offsets is not None:
             self._refuse(_count_bad(packed.offsets), packed.offsets.size, "offsets")
         return packed
+
+    def release(self) -> None:
+        """Lets go of what is in memory of mapped files."""
+        self._rows.release()
 
     def _index(self, rows: slice | None) -> Index:
         index = np.arange(self.shape[0]) if self._row_order is None else self._row_order

@@ -106,6 +106,9 @@ class StridedTensor(Rows):
             return super().read_packed(index)
         return self._kind.repack(_as_bytes(self._taken(index)))
 
+    def release(self) -> None:
+        self._file.release()
+
     def _taken(self, index: Index) -> Array:
         storage = self._tensor.storage
         data = self._file.map(storage.entry.start, storage.entry.size, what=f"tensor {shown(self.name)}")
