@@ -24,12 +24,12 @@ from pyllama.common.reader import parse_json, read_bytes, recorded_files, shown
 from pyllama.common.safetensors import read_safetensors
 
 from .readers.hf_weights import safetensors_rows
-from .readers.source import DENSE_TYPES, Index, Rows, Source, SourceTensor, StoredTensor
+from .readers.source import DENSE_TYPES, Index, Rows, Source, SourceTensor, StoredTensor, copy_columns
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 24
 MAX_RANK = 1 << 14
-_STEP_WEIGHTS = 1 << 18  # added at a time: 2 MiB of float64
+_STEP_NUMBERS = 1 << 18  # of a factor at a time: 2 MiB of float64
 
 _PREFIX = "base_model.model."
 # Hugging Face's modules of a layer, and our matrices that lie below each other in each.
@@ -77,29 +77,51 @@ class Update:
         (a, b), (c, d) = self.left.shape, self.right.shape
         return (b, a, d, c) if self.embedding else (a, b, c, d)
 
-    def apply(self, values: NDArray[np.float64], index: Index) -> NDArray[np.float64]:
-        """Rows `index` of the merged matrix, of `values`, the rows before. Source: LoRA, eq. 3; DoRA, eq. 5."""
-        if self.embedding:
-            left, right = _columns(self.left, index).T, _whole(self.right).T
-        else:
-            left, right = self.left.read(index).astype(np.float64), _whole(self.right)
-        values = values + self.scale * (left @ right)
-        if self.lengths is None:
-            return values
-        factors: NDArray[np.float64] = _row(self.lengths, index) / np.linalg.norm(values, axis=1)
-        return values * factors[:, None]
+    def apply(self, values: NDArray[np.float64], index: Index) -> None:
+        """Makes `values`, rows `index` before, those of the merged matrix. Source: LoRA, eq. 3; DoRA, eq. 5.
 
+        In steps over rows and columns, so that neither factor is ever held whole. Steps leave the bits as they are,
+        but for those of a single row, which would be summed in another order: so it goes twice.
+        """
+        n_rows = max(2, _STEP_NUMBERS // self.rank)
+        n_columns = max(2, _STEP_NUMBERS // self.rank // 2 * 2)
+        for top in range(0, len(index), n_rows):
+            part = values[top : top + n_rows]
+            left = self._left(index[top : top + n_rows])
+            left = np.repeat(left, 2, axis=0) if len(left) == 1 else left
+            for first in range(0, values.shape[1], n_columns):
+                product = left @ self._right(first, min(first + n_columns, values.shape[1]))
+                product *= self.scale
+                part[:, first : first + n_columns] += product[: len(part)]
+        if self.lengths is not None:
+            values *= (_row(self.lengths, index) / _lengths(values))[:, None]
 
-def _whole(tensor: StoredTensor) -> NDArray[np.float64]:
-    return tensor.read(np.arange(tensor.shape[0])).astype(np.float64)
+    @property
+    def rank(self) -> int:
+        return self.sides[1]
+
+    def _left(self, index: Index) -> NDArray[np.float64]:
+        """Rows `index` of left: float64 [n, r]."""
+        return _columns(self.left, index).T if self.embedding else self.left.read(index).astype(np.float64)
+
+    def _right(self, first: int, last: int) -> NDArray[np.float64]:
+        """Columns of right: float64 [r, last - first]."""
+        index = np.arange(first, last)
+        return self.right.read(index).astype(np.float64).T if self.embedding else _columns(self.right, index)
 
 
 def _columns(tensor: StoredTensor, index: Index) -> NDArray[np.float64]:
-    """Columns of a factor with a column for each word of the vocabulary, which is not to be held whole."""
+    """Columns of a factor that is not to be held whole."""
     if tensor.type is None:
         raise ValueError(f"{tensor.name}: type {tensor.type_name} cannot be read")
-    raw = tensor.data().reshape(*tensor.shape, tensor.type.block_bytes)[:, index]
-    return tensor.type.decode(np.ascontiguousarray(raw).reshape(len(raw), -1)).astype(np.float64)
+    numbers = tensor.data().view(f"V{tensor.type.block_bytes}").reshape(tensor.shape)
+    raw = copy_columns(tensor.file, numbers, index)
+    return tensor.type.decode(raw.view(np.uint8).reshape(len(raw), -1)).astype(np.float64)
+
+
+def _lengths(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The length of each row, without another array of the same size."""
+    return np.sqrt([np.dot(row, row) for row in values])
 
 
 def _row(tensor: StoredTensor, index: Index) -> NDArray[np.float64]:
@@ -122,24 +144,17 @@ class Merged(Rows):
         return self._where
 
     def read(self, index: Index) -> NDArray[np.float32]:
-        out = np.empty((len(index), self.shape[1]), np.float32)
-        step = max(1, _STEP_WEIGHTS // self.shape[1])
-        for first in range(0, len(index), step):
-            out[first : first + step] = self._step(index[first : first + step])
-        return out
+        first, last = int(index[0]), int(index[-1]) + 1  # conversion reads rows in their order
+        values = self._tensor.read(slice(first, last))[index - first].astype(np.float64)
+        for update, offset in self._updates:
+            update.apply(values, index + offset)
+        return values.astype(np.float32)
 
     def release(self) -> None:
         self._tensor.release()
         for update, _ in self._updates:
             update.left.release()
             update.right.release()
-
-    def _step(self, index: Index) -> NDArray[np.float64]:
-        first, last = int(index[0]), int(index[-1]) + 1  # conversion reads rows in their order
-        values = self._tensor.read(slice(first, last))[index - first].astype(np.float64)
-        for update, offset in self._updates:
-            values = update.apply(values, index + offset)
-        return values
 
 
 @dataclass(frozen=True)

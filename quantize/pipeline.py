@@ -79,7 +79,7 @@ def write_plan(
         clear(target)
         return target
     watched = _Watched((*plan.source.files, *read_now))
-    watched.release()  # what checking has looked at
+    watched.release(sparing=max_memory is not None)  # what checking has looked at
     work = _Work.within(plan, max_memory, threads or min(_MAX_THREADS, _cores()))
     writer = FolderWriter(target, specs, config, files, overwrite=overwrite, resume=resume, source=watched.stamp)
     with writer:
@@ -189,8 +189,10 @@ class _Watched:
                     f"{file.path}: {change} while it was being converted (at {name}); convert it when it is at rest"
                 )
 
-    def release(self) -> None:
+    def release(self, *, sparing: bool = True) -> None:
+        """Lets go of mapped pages. sparing: readers do so too from now on, where they only pass over them."""
         for file in self._all:
+            file.sparing = sparing
             file.release()
 
 

@@ -78,6 +78,7 @@ class BoundedFile:
         self._pages: mmap.mmap | None = None
         self.path = Path(path)
         self.use_mmap = use_mmap
+        self.sparing = False  # set by who bounds memory: readers let go of pages that they have only passed over
         # Non-blocking, because opening a FIFO would otherwise wait for its writer before fstat can refuse it.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:

@@ -19,7 +19,7 @@ from pyllama.common.errors import ModelFormatError
 from pyllama.common.formats import GROUPS, Packed, from_bf16
 from pyllama.common.reader import shown
 
-from .source import Grid, Index, Rows, StoredTensor
+from .source import Grid, Index, Rows, StoredTensor, consecutive, copy_columns
 
 Array = NDArray[Any]
 
@@ -49,7 +49,10 @@ class Grouped(Rows):
         self.bits, self.group = bits, min(group, shape[1])
         self.n_groups = -(-shape[1] // self.group)
         self.parts = parts
-        self.of_column: Array | None = None
+
+    @property
+    def of_column(self) -> Array | None:
+        return None
 
     @property
     def where(self) -> str:
@@ -67,12 +70,13 @@ class Grouped(Rows):
     @property
     def input_order(self) -> Array | None:
         """The columns group by group, int32 [K]; None where they lie so, or where groups have other sizes than ours."""
-        if self.of_column is None:
+        of_column = self.of_column
+        if of_column is None:
             return None
-        sizes = np.bincount(self.of_column, minlength=self.n_groups)
+        sizes = np.bincount(of_column, minlength=self.n_groups)
         if (sizes[:-1] != self.group).any() or sizes[-1] != self.shape[1] - self.group * (self.n_groups - 1):
             return None
-        return np.argsort(self.of_column, kind="stable").astype(np.int32)
+        return np.argsort(of_column, kind="stable").astype(np.int32)
 
     def read(self, index: Index) -> NDArray[np.float32]:
         out = np.empty((len(index), self.shape[1]), np.float32)
@@ -82,7 +86,8 @@ class Grouped(Rows):
         return out
 
     def _values(self, index: Index) -> NDArray[np.float32]:
-        scales, offsets = (self._per_column(part) for part in (self.scales(index), self.offsets(index)))
+        of_column = self.of_column
+        scales, offsets = (self._per_column(part, of_column) for part in (self.scales(index), self.offsets(index)))
         values = self.codes(index).astype(np.float32)
         if self.zero_points:
             values -= offsets
@@ -128,11 +133,16 @@ class Grouped(Rows):
             return max(GROUPS)
         return next((group for group in sorted(GROUPS, reverse=True) if self.group % group == 0), 0)
 
-    def _per_column(self, part: Array) -> NDArray[np.float32]:
+    def _per_column(self, part: Array, of_column: Array | None) -> NDArray[np.float32]:
         numbers = from_bf16(part) if part.dtype == np.uint16 else part.astype(np.float32)
-        if self.of_column is not None:
-            return numbers[:, self.of_column]
+        if of_column is not None:
+            return numbers[:, of_column]
         return np.repeat(numbers, self.group, axis=1)[:, : self.shape[1]]
+
+    def columns(self, part: str, index: Index) -> Array:
+        """Columns of a part that is stored transposed: words, or numbers as stored."""
+        matrix = self.numbers(part) if self.parts[part].type_name in _NUMBERS else self.words(part)
+        return copy_columns(self.parts[part].file, matrix, index)
 
     def words(self, part: str) -> Array:
         """A packed part as uint32, mapped."""
@@ -170,16 +180,24 @@ class GptqRows(Grouped):
     ) -> None:
         super().__init__(module, parts, shape, bits, group)
         self.plus_one, self.symmetric, self.borrows = plus_one, symmetric, borrows
-        if "g_idx" in parts:
-            of_column = parts["g_idx"].data().view("<i4").astype(np.intp)
-            if of_column.min() < 0 or of_column.max() >= self.n_groups:
-                wrong = of_column[(of_column < 0) | (of_column >= self.n_groups)][0]
-                raise ModelFormatError(
-                    f"{self.where}: tensor {shown(parts['g_idx'].name)} names group {wrong},"
-                    f" expected 0 to {self.n_groups - 1}; damaged?"
-                )
-            if not np.array_equal(of_column, np.arange(shape[1]) // self.group):
-                self.of_column = of_column
+        of_column = np.arange(shape[1]) // self.group
+        self._in_order = "g_idx" not in parts or np.array_equal(self._stored_groups(), of_column)
+
+    @property
+    def of_column(self) -> Array | None:
+        """Read anew each time: kept, those of a large model's matrices would take as much as the conversion."""
+        return None if self._in_order else self._stored_groups()
+
+    def _stored_groups(self) -> Array:
+        stored = self.parts["g_idx"]
+        of_column = np.frombuffer(stored.file.read_at(stored.start, stored.n_bytes), "<i4").astype(np.intp)
+        if of_column.min() < 0 or of_column.max() >= self.n_groups:
+            wrong = of_column[(of_column < 0) | (of_column >= self.n_groups)][0]
+            raise ModelFormatError(
+                f"{self.where}: tensor {shown(stored.name)} names group {wrong}, expected 0 to {self.n_groups - 1};"
+                " damaged?"
+            )
+        return of_column
 
     @property
     def grid(self) -> Grid | None:
@@ -201,22 +219,22 @@ class GptqRows(Grouped):
         return packed
 
     def codes(self, index: Index) -> Array:
-        words = _columns(self.words("qweight"), index)
+        words = self.columns("qweight", index)
         stream = words.view(np.uint8).reshape(len(words), len(index), 4).transpose(1, 0, 2)
         return unpack_bits(np.ascontiguousarray(stream).reshape(len(index), -1), self.bits)
 
     def scales(self, index: Index) -> Array:
-        return np.ascontiguousarray(_columns(self.numbers("scales"), index).T)
+        return np.ascontiguousarray(self.columns("scales", index).T)
 
     def offsets(self, index: Index) -> Array:
         span, here = _word_span(index, 32 // self.bits)
-        words = self.words("qzeros")[:, span]
+        words = self.columns("qzeros", span)
         if self.plus_one:
             words = words + np.uint32(0x11111111 if self.bits == 4 else 0x01010101)
         zeros = unpack_bits(np.ascontiguousarray(words).view(np.uint8), self.bits)
         if self.plus_one:
             self._check_zero_points(zeros)
-        return np.ascontiguousarray(_columns(zeros, here).T)
+        return np.ascontiguousarray(zeros[:, consecutive(here)].T)
 
     def _check_zero_points(self, zeros: Array) -> None:
         """Raises where the stored zero points show that they were not written as the description says."""
@@ -237,10 +255,15 @@ class GptqRows(Grouped):
 
         A borrow leaves that only where all zero points above it are 1; one such field elsewhere acquits the tensor.
         """
-        fields = unpack_bits(np.ascontiguousarray(self.words("qzeros")).view(np.uint8), self.bits)
-        ones = fields.reshape(-1, 32 // self.bits) == (1 << self.bits) - 1
-        below, above = ones[:, :-1], ones[:, 1:]
-        return int(np.count_nonzero(below)) if (below <= above).all() else 0
+        words, step, count = self.words("qzeros").reshape(-1, 1), 1 << 16, 0
+        for first in range(0, len(words), step):
+            fields = unpack_bits(np.ascontiguousarray(words[first : first + step]).view(np.uint8), self.bits)
+            ones = fields == (1 << self.bits) - 1
+            below, above = ones[:, :-1], ones[:, 1:]
+            if (below > above).any():
+                return 0
+            count += int(np.count_nonzero(below))
+        return count
 
 
 class AwqRows(Grouped):
@@ -252,16 +275,16 @@ class AwqRows(Grouped):
         return self._unpack("qweight", index)
 
     def scales(self, index: Index) -> Array:
-        return np.ascontiguousarray(_columns(self.numbers("scales"), index).T)
+        return np.ascontiguousarray(self.columns("scales", index).T)
 
     def offsets(self, index: Index) -> Array:
         return self._unpack("qzeros", index)
 
     def _unpack(self, part: str, index: Index) -> Array:
         span, here = _word_span(index, 8)
-        words = np.ascontiguousarray(self.words(part)[:, span])
+        words = self.columns(part, span)
         nibbles = unpack_bits(words.view(np.uint8), 4).reshape(len(words), -1, 8)[:, :, _AWQ_NIBBLES]
-        return np.ascontiguousarray(_columns(nibbles.reshape(len(words), -1), here).T)
+        return np.ascontiguousarray(nibbles.reshape(len(words), -1)[:, consecutive(here)].T)
 
 
 class AwqGemvRows(Grouped):
@@ -310,22 +333,11 @@ def unpack_bits(stream: Array, bits: int) -> Array:
     return codes.astype(np.uint8).reshape(n, -1)
 
 
-def _word_span(index: Index, per_word: int) -> tuple[slice, Index]:
+def _word_span(index: Index, per_word: int) -> tuple[Index, Index]:
     """The words that hold the columns `index`, and where those columns are among the words' own."""
     first, last = int(index.min()) // per_word, int(index.max()) // per_word + 1
-    return slice(first, last), index - first * per_word
-
-
-def _consecutive(index: Index) -> slice | Index:
-    """`index` as a slice where it is one, which numpy takes much faster."""
-    first, last = int(index[0]), int(index[-1])
-    steps_by_one = last - first == len(index) - 1 and np.array_equal(index, np.arange(first, last + 1))
-    return slice(first, last + 1) if steps_by_one else index
+    return np.arange(first, last), index - first * per_word
 
 
 def _take(rows: Array, index: Index) -> Array:
-    return np.ascontiguousarray(rows[_consecutive(index)])
-
-
-def _columns(matrix: Array, index: Index) -> Array:
-    return np.ascontiguousarray(matrix[:, _consecutive(index)])
+    return np.ascontiguousarray(rows[consecutive(index)])

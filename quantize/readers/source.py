@@ -28,6 +28,7 @@ from ..kernels import widen_f16
 Array = NDArray[Any]
 Index = NDArray[np.intp]
 _STEP_WEIGHTS = 1 << 20  # weights decoded at a time: 4 MiB of float32
+_PASSED_BYTES = 1 << 22  # of a mapped matrix, looked through for its columns before its pages are let go of
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,7 @@ class StoredTensor(Rows):
     def _bytes(self, kind: StoredType, index: Index) -> Array:
         """The stored rows `index`, uint8 [len(index), row_bytes]."""
         whole = self.data().reshape(self.shape[0], kind.row_bytes(self.shape[1]))
-        if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):  # a view, nothing copied
-            return whole[index[0] : index[0] + len(index)]
-        return np.ascontiguousarray(whole[index])
+        return np.ascontiguousarray(whole[consecutive(index)])  # of neighbours a view, nothing copied
 
 
 class Slice(Rows):
@@ -382,6 +381,31 @@ def name_of(path: Path) -> str:
     if here.parent.name == "snapshots" and here.parent.parent.name.startswith("models--"):
         return here.parent.parent.name.rpartition("--")[2]
     return here.name
+
+
+def copy_columns(file: BoundedFile, matrix: Array, index: Index) -> Array:
+    """matrix[:, index] of a matrix [n, m] that is mapped from `file`, in memory of its own.
+
+    A few columns touch every page of a matrix. Where memory is bounded, no more than a few rows' pages stay.
+    """
+    columns = consecutive(index)
+    if not file.sparing:
+        return np.ascontiguousarray(matrix[:, columns])
+    step = max(1, _PASSED_BYTES // max(1, abs(matrix.strides[0])))
+    out = np.empty((len(matrix), len(index)), matrix.dtype)
+    for first in range(0, len(matrix), step):
+        out[first : first + step] = matrix[first : first + step, columns]
+        file.release()
+    return out
+
+
+def consecutive(index: Index) -> slice | Index:
+    """`index` as a slice where it is one, which numpy takes much faster."""
+    if not len(index):
+        return index
+    first, last = int(index[0]), int(index[-1])
+    steps_by_one = last - first == len(index) - 1 and np.array_equal(index, np.arange(first, last + 1))
+    return slice(first, last + 1) if steps_by_one else index
 
 
 def identity_of(kind: str, name: str, paths: Sequence[Path]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pyllama.common.formats import Packed
 from pyllama.common.reader import BoundedFile, shown
 
 from .pickles import MAX_PICKLE_BYTES, Name, describe, read_pickle
-from .source import DENSE_TYPES, Array, Grid, Index, Rows, StoredTensor, StoredType
+from .source import DENSE_TYPES, Array, Grid, Index, Rows, StoredTensor, StoredType, consecutive, copy_columns
 from .zip_stored import Entry, read_zip
 
 MAX_DIMENSIONS = 8
@@ -120,7 +120,9 @@ class StridedTensor(Rows):
             self._tensor.offset * item,
             tuple(stride * item for stride in self._tensor.strides),
         )
-        return np.ascontiguousarray(view[index])
+        if view.ndim == 2 and view.strides[0] < view.strides[1]:  # rows are columns of what lies in the file
+            return np.ascontiguousarray(copy_columns(self._file, view.T, index).T)
+        return np.ascontiguousarray(view[consecutive(index)])
 
 
 def _as_bytes(values: Array) -> Array:
