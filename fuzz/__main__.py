@@ -51,7 +51,7 @@ class Fuzzer:
     def __init__(self, all_targets: dict[str, targets.Target], out: Path, seed: int) -> None:
         self.targets, self.out, self.rng, self.watch = all_targets, out, random.Random(seed), Watch()
         self.sound = {name: target.file.read_bytes() for name, target in all_targets.items()}
-        self.seeds = {name: [content] for name, content in self.sound.items()}
+        self.seeds: dict[str, list[bytes]] = {name: [] for name in all_targets}
         self.found: dict[tuple[str, bytes], frozenset[int]] = {}
         self.spent = dict.fromkeys(all_targets, 0.0)
         self.runs = dict.fromkeys(all_targets, 0)
@@ -62,11 +62,13 @@ class Fuzzer:
 
     def replay(self) -> None:
         """Sound files first, which must be accepted, then what was kept."""
-        for name, content in self.sound.items():
-            before = self.accepted[name], self.failures
-            self.run(name, content)
-            if (self.accepted[name], self.failures) != (before[0] + 1, before[1]):
-                raise SystemExit(f"{name}: the sound file is refused: {self.refusal}")
+        for name, target in self.targets.items():
+            for content in (self.sound[name], *target.also):
+                before = self.accepted[name], self.failures
+                self.run(name, content)
+                self.seeds[name].append(content)
+                if (self.accepted[name], self.failures) != (before[0] + 1, before[1]):
+                    raise SystemExit(f"{name}: a sound file is refused: {self.refusal}")
         for file in sorted(CORPUS.glob("*-*")):
             name, content = file.name.rsplit("-", 1)[0], file.read_bytes()
             if name in self.targets:
@@ -119,7 +121,7 @@ class Fuzzer:
         if where not in self.failed:
             self.failed.add(where)
             self.failing.add(place := kept(name, content))
-            print(f"{name}: {place}\n{traceback.format_exc(limit=-12)}", file=sys.stderr, flush=True)
+            print(f"{name}: {place}\n{traceback.format_exc(limit=-12)}", file=_errors, flush=True)
 
     def _opened(self, target: targets.Target) -> bool:
         try:
@@ -134,8 +136,11 @@ class Fuzzer:
     def keep(self) -> None:
         """Replaces the corpus by a small choice of inputs that take every branch: again and again the one
         with the most new branches for its size."""
-        taken: set[int] = set().union(*(self.found.get(item, frozenset()) for item in self.sound.items()))
-        left = {item: seen for item, seen in self.found.items() if self.sound[item[0]] != item[1]}
+        sound = {
+            (name, content) for name, target in self.targets.items() for content in (self.sound[name], *target.also)
+        }
+        left = {item: seen for item, seen in self.found.items() if item not in sound}
+        taken: set[int] = set().union(*(self.found.get(item, frozenset()) for item in sound))
         chosen, room = [], MAX_CORPUS_BYTES
         while left:
             left = {item: seen for item, seen in left.items() if len(item[1]) <= room and not seen <= taken}
@@ -174,6 +179,7 @@ class _Current:
 
 
 _current = _Current()
+_errors = sys.stderr
 
 
 def kept(name: str, content: bytes) -> Path:
@@ -194,13 +200,25 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+def quieten() -> None:
+    """Libraries write of what they refuse by themselves; our own words still come out."""
+    global _errors
+    _errors = os.fdopen(os.dup(2), "w")
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+
+
 def work(options: argparse.Namespace, all_targets: dict[str, targets.Target], out: Path, end: float, seed: int) -> int:
     limit_memory()
+    quieten()
     warnings.simplefilter("error", RuntimeWarning)  # numpy's, which nobody who opens a file should see
     fuzzer = Fuzzer(all_targets, out, seed)
     fuzzer.replay()
+    parent = os.getppid()
     while sum(fuzzer.runs.values()) < options.runs if options.runs else time.monotonic() < end:
         fuzzer.step(evenly=bool(options.runs))
+        if os.getppid() != parent:  # which was killed
+            break
     if options.keep:
         fuzzer.keep()
     if options.table:
@@ -233,6 +251,8 @@ def main() -> int:
         all_targets = targets.build(base)
         mutate.words[:] = sorted(branches.words)
         if options.only:
+            if strange := set(options.only) - all_targets.keys():
+                parser.error(f"no target is called {' or '.join(sorted(strange))}; there are {' '.join(all_targets)}")
             all_targets = {name: all_targets[name] for name in options.only}
         return supervise(options, all_targets, out, end)
 
@@ -247,11 +267,11 @@ def supervise(options: argparse.Namespace, all_targets: dict[str, targets.Target
             try:
                 code = work(options, all_targets, out, end, options.seed + attempt)
             except SystemExit as error:
-                print(error, file=sys.stderr)
+                print(error, file=_errors)
             except BaseException:
-                traceback.print_exc()
+                traceback.print_exc(file=_errors)
             sys.stdout.flush()
-            sys.stderr.flush()
+            _errors.flush()
             os._exit(code)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status >= 0:

@@ -38,6 +38,7 @@ from tests import helpers_tokenizer as words
 from tests import make_packed as pack
 from tests import make_sources as make
 from tests import make_torch as torch
+from tests import test_gguf_families as families
 from tests.helpers_hostile import SMALL, WEIGHTS
 
 from . import archives, mutate
@@ -56,7 +57,8 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 class Target:
     """`path` is opened after `file` was damaged. open: raises `allowed` or accepts; may write in `writes` alone.
 
-    deeper: for what is accepted and takes a new branch; gets the name of a folder that it may write.
+    deeper: for what is accepted and takes a new branch; gets the name of a folder that it may write. also: other sound
+    contents of the file.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class Target:
     open: Opener
     allowed: tuple[type[Exception], ...] = (ModelFormatError,)
     deeper: Callable[[Path, Path], None] | None = None
+    also: tuple[bytes, ...] = ()
     writes: Path | None = None
 
 
@@ -118,6 +121,7 @@ def open_tokenizer(path: Path) -> None:
         for parse in (False, True):
             tokenizer.decode(tokenizer.encode(text, parse_special=parse))
     tokenizer.decode(range(min(tokenizer.vocab_size, 1000)), skip_special=False)
+    ChatTemplate.from_folder(path)
 
 
 def open_template(path: Path) -> None:
@@ -167,8 +171,8 @@ def build(base: Path) -> dict[str, Target]:
     return out
 
 
-def _source(path: Path, file: Path, damage: mutate.Damage) -> Target:
-    return Target(path, file, damage, open_checkpoint, deeper=convert_it)
+def _source(path: Path, file: Path, damage: mutate.Damage, also: tuple[bytes, ...] = ()) -> Target:
+    return Target(path, file, damage, open_checkpoint, deeper=convert_it, also=also)
 
 
 def _hugging_face(base: Path) -> Iterator[tuple[str, Target]]:
@@ -221,14 +225,27 @@ def _family(folder: Path, model_type: str) -> Path:
     return folder
 
 
+_BY_8 = {"bits": 8, "sym": True, "desc_act": False, "group_size": 32}
+
+
 def _packed(base: Path) -> Iterator[tuple[str, Target]]:
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
     awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
     mlx = {"group_size": 32, "bits": 4}
+
+    def by_8_bits(packer: Any) -> Any:
+        return lambda module, matrix: packer(module, matrix, bits=8)
+
+    def gemv(module: str, matrix: pack.Matrix) -> pack.Tensors:
+        return pack.awq_gemv(module, matrix, 4)
+
     kinds: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
         ("gptq", pack.gptq, {"quantization_config": gptq}, {"zeros": (1, 15), "act_order": True}),
+        ("gptq8", by_8_bits(pack.gptq), {"quantization_config": gptq | _BY_8}, {"zeros": (128, 128), "bits": 8}),
         ("awq", pack.awq, {"quantization_config": awq}, {"zeros": (0, 15)}),
+        ("gemv", gemv, {"quantization_config": awq | {"version": "GEMV"}}, {"zeros": (0, 15)}),
         ("mlx", pack.mlx, {"quantization": mlx}, {}),
+        ("mlx8", by_8_bits(pack.mlx), {"quantization": mlx | {"bits": 8}}, {"bits": 8}),
     ]
     for name, packer, config, random_ in kinds:
         plain, extra = {}, {}
@@ -255,7 +272,7 @@ def _gguf(base: Path) -> Iterator[tuple[str, Target]]:
     }
     path = _one_file(base / "gguf")
     make.write_gguf(path, SMALL, WEIGHTS, lambda name: kinds.get(name, "BF16"))
-    yield "gguf", _source(path, path, _GGUF)
+    yield "gguf", _source(path, path, _GGUF, tuple(_architectures()))
 
     kinds = {
         "wq": "Q4_K",
@@ -292,6 +309,40 @@ def _gguf(base: Path) -> Iterator[tuple[str, Target]]:
     yield "bpe", _source(path, path, _GGUF)
 
 
+def _architectures() -> Iterator[bytes]:
+    """GGUF files of other families and scalings."""
+    one = struct.pack("<f", 1.5)
+    long_short = [make.GgufTensor(f"rope_factors_{which}.weight", (8,), 0, one * 8) for which in ("long", "short")]
+    frequencies = [make.GgufTensor("rope_freqs.weight", (8,), 0, one * 8)]
+    yarn = {"type": (make.STRING, "yarn"), "factor": (make.F32, 4.0), "original_context_length": (make.U32, 32)}
+    yarn |= {f"yarn_{key}": (make.F32, 1.5) for key in ("attn_factor", "beta_slow")}
+    granite = {"embedding_scale": 12.0, "residual_scale": 0.5, "logit_scale": 8.0, "attention.scale": 0.1}
+    turns = {
+        "tokenizer.chat_template": (make.STRING, "{{ a }}"),
+        "tokenizer.chat_template.tool_use": (make.STRING, "b"),
+    }
+    turns |= {"tokenizer.ggml.eot_token_id": (make.U32, 3), "tokenizer.ggml.add_eos_token": (make.BOOL, 1)}
+    window = {"llama.attention.sliding_window": (make.U32, 16)}
+    scaled = {f"llama.rope.scaling.{key}": value for key, value in yarn.items()}
+    cases: list[tuple[str, list[make.GgufTensor], dict[str, Any]]] = [
+        ("llama", frequencies, turns),
+        ("qwen2", [], scaled),
+        ("qwen3", [], window),
+        ("phi3", long_short, {"llama.rope.scaling.original_context_length": (make.U32, 32)}),
+        ("granite", [], {f"llama.{key}": (make.F32, value) for key, value in granite.items()}),
+        (
+            "llama",
+            [],
+            {f"llama.rope.scaling.{k}": v for k, v in (("type", (make.STRING, "linear")), ("factor", (make.F32, 2.0)))},
+        ),
+    ]
+    for architecture, extra, changes in cases:
+        shape = make.Shape(**{**vars(SMALL), "biases": architecture == "qwen2"})
+        tensors = families.tensors_of(architecture, families.weights_of(architecture, shape), shape)
+        named = {key.replace(".", "__"): value for key, value in changes.items()}
+        yield make.gguf_bytes(make.llama_entries(shape, architecture, **named), [*tensors, *extra])
+
+
 def _one_file(folder: Path) -> Path:
     folder.mkdir()
     return folder / "m.gguf"
@@ -307,13 +358,28 @@ def _pytorch(base: Path) -> Iterator[tuple[str, Target]]:
     shards = torch.meta_shards(FEW, FEW_WEIGHTS, 2)
     for name, file, damage in (("meta", "consolidated.01.pth", _ZIP), ("params", "params.json", _JSON)):
         folder = torch.write_meta_folder(base / name, torch.meta_params(FEW), shards, "F16")
-        yield name, _source(folder, folder / file, damage)
+        newer = torch.meta_params(FEW, use_scaled_rope=True, rope_theta=500000.0, hidden_dim=FEW.hidden_dim)
+        window = torch.meta_params(FEW, sliding_window=64, rope_theta=1e6, model_parallel_size=2)
+        also = tuple(json.dumps(params).encode() for params in (newer, window)) if name == "params" else ()
+        yield name, _source(folder, folder / file, damage, also)
 
     folder = make.write_hf_folder(base / "bin", FEW, FEW_WEIGHTS)
     (folder / "model.safetensors").unlink()
     file = torch.torch_file({make.hf_name(name): values for name, values in FEW_WEIGHTS.items()})
     (folder / "pytorch_model.bin").write_bytes(file.bytes())
-    yield "bin", _source(folder, folder / "pytorch_model.bin", _ZIP)
+    yield "bin", _source(folder, folder / "pytorch_model.bin", _ZIP, (_odd_tensors(),))
+
+    folder, halves = make.write_hf_folder(base / "bin_index", FEW, FEW_WEIGHTS, shards=2), {}
+    for name in sorted(path.name for path in folder.glob("*.safetensors")):
+        (folder / name).unlink()
+    for i, name in enumerate(("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")):
+        half = {make.hf_name(key): FEW_WEIGHTS[key] for key in list(FEW_WEIGHTS)[i::2]}
+        (folder / name).write_bytes(torch.torch_file(half).bytes())
+        halves |= dict.fromkeys(half, name)
+    (folder / "model.safetensors.index.json").unlink()
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 2208}, "weight_map": halves}))
+    yield "bin_index", _source(folder, index, _JSON)
 
     (base / "pickle").mkdir()
     path = base / "pickle" / "data.pkl"
@@ -328,6 +394,27 @@ def _pytorch(base: Path) -> Iterator[tuple[str, Target]]:
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
     yield "tiktoken", _source(folder, folder / "tokenizer.model", mutate.by(mutate.ranks))
+
+
+def _odd_tensors() -> bytes:
+    """A file whose tensors are transposed, parameters, of other types and in storages that they share."""
+    items: dict[str, Any] = {}
+    storages = {"64": make.encode_dense(FEW_WEIGHTS["tok_embeddings"], "F64")}
+    for i, (name, values) in enumerate(FEW_WEIGHTS.items()):
+        kind, key = (("HalfStorage", "F16"), ("BFloat16Storage", "BF16"), ("FloatStorage", "F32"))[i % 3]
+        shape = values.shape
+        storages[str(i)] = make.encode_dense(values.T if i % 2 else values, key)
+        strides = [1, shape[0]] if i % 2 and len(shape) == 2 else None
+        tensor = torch.tensor(torch.storage(str(i), values.size, kind), shape, strides)
+        rebuilt = torch.Call(
+            torch.Global("torch._utils _rebuild_parameter"), (tensor, True, torch.Call(torch.ORDERED_DICT, ()))
+        )
+        items[make.hf_name(name)] = rebuilt if i % 4 == 0 else tensor
+    shared = torch.storage("64", FEW_WEIGHTS["tok_embeddings"].size, "DoubleStorage")
+    for name in ("tok_embeddings", "output"):
+        items[make.hf_name(name)] = torch.tensor(shared, FEW_WEIGHTS[name].shape)
+    state = {"_metadata": torch.Call(torch.ORDERED_DICT, (), {"": {"version": 1}})}
+    return torch.TorchFile(torch.pickled(torch.Call(torch.ORDERED_DICT, (), items, state)), storages).bytes()
 
 
 def _adapter(base: Path) -> Iterator[tuple[str, Target]]:
@@ -353,6 +440,7 @@ def _adapter(base: Path) -> Iterator[tuple[str, Target]]:
 def _tokenizers(base: Path) -> Iterator[tuple[str, Target]]:
     bpe, proto = words.train_bpe("llama-bpe", 280).to_str(), words.train_sentencepiece(500)
     config = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": True}
+    config["chat_template"] = [{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "x"}]
     added = {"300": {"content": "<|x|>", "special": True}, "1": {"content": "<|im_start|>", "special": True}}
     files: list[tuple[str, str, bytes, mutate.Damage]] = [
         ("tokenizer_json", "tokenizer.json", bpe.encode(), _JSON),
@@ -370,7 +458,8 @@ def _tokenizers(base: Path) -> Iterator[tuple[str, Target]]:
         else:
             (folder / "tokenizer.model").write_bytes(proto)
         (folder / file).write_bytes(content)
-        yield name, Target(folder, folder / file, damage, open_tokenizer)
+        also = tuple(_other_decoders()) if name == "tokenizer_json" else ()
+        yield name, Target(folder, folder / file, damage, open_tokenizer, also=also)
 
     for name in ("llama-3", "mistral"):
         folder = base / f"template_{name}"
@@ -380,6 +469,28 @@ def _tokenizers(base: Path) -> Iterator[tuple[str, Target]]:
         damage = mutate.by(mutate.template, 0.9)
         allowed = (ModelFormatError, ValueError)
         yield folder.name, Target(folder, folder / "chat_template.jinja", damage, open_template, allowed, encode_it)
+
+
+def _other_decoders() -> Iterator[bytes]:
+    """tokenizer.json as those have it that were SentencePiece models."""
+    vocab = {"<unk>": 0, "<|endoftext|>": 1, "<|im_end|>": 2, "<0x41>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7}
+    vocab |= {f"w{i}": i for i in range(8, 300)}
+    model = {"type": "BPE", "vocab": vocab, "merges": ["a b"], "byte_fallback": True, "unk_token": "<unk>"}
+    meta = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    sequence = {"type": "Sequence", "decoders": [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    prepend = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    flags = {"single_word": False, "lstrip": False, "rstrip": True, "normalized": True, "special": True}
+    added = [{"id": 1, "content": "<|endoftext|>", **flags}]
+    parts = [(None, meta, meta), ({"type": "Sequence", "normalizers": prepend}, None, sequence)]
+    for normalizer, cutter, decoder in parts:
+        document = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "model": model}
+        document |= {"normalizer": normalizer, "pre_tokenizer": cutter, "decoder": decoder, "post_processor": None}
+        yield json.dumps(document).encode()
 
 
 def _own(base: Path) -> Iterator[tuple[str, Target]]:
