@@ -4,8 +4,9 @@ refused by our own exceptions, in little time and memory, and nothing is written
 `make fuzz` runs it for a minute, FUZZ_ARGS="--runs 10000" for so many. Inputs that take a branch for the first time are
 damaged further; with --keep the few that take them all are written to fuzz/corpus, which every run replays first. What
 breaks the rule is written there too and named. The work is done in a child process, so that a crash of a library counts
-as one. Branches are noted by branches.py, for it works with every Python and costs less than the tools at hand: on the
-same inputs atheris' marks left 66 % of the runs per second, these 92 %, tracing of lines 41 %.
+as one. Branches are noted by branches.py: its marks leave 92 % of the runs per second, atheris' 66 %, tracing of lines
+41 %; in 12 s of processor time this took 602, 935 and 92 branches of three targets (config, gguf, pickle), libFuzzer
+under atheris 525, 762 and 92, and with these mutators 513, 718 and 83.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ def _pick(value: Any, path: Path) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        templates = {entry.get("name"): entry.get("template") for entry in value}
+        templates = {entry["name"]: entry.get("template") for entry in value if isinstance(entry.get("name"), str)}
         source = templates.get("default")
         if isinstance(source, str):
             return source

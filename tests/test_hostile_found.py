@@ -12,6 +12,7 @@ import pytest
 
 from pyllama.chat_template import ChatTemplate
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.formats import TensorSpec
 from pyllama.tokenizer import Tokenizer
 from quantize.readers import open_source
 from tests import make_sources as make
@@ -60,3 +61,25 @@ def test_a_template_whose_block_gives_no_text() -> None:
     template = ChatTemplate("{% call(u) dict(a=messages) %}{% endcall %}")
     with pytest.raises(ModelFormatError, match="a block gives a dict"):
         template.render([{"role": "user", "content": "Hi"}])
+
+
+def test_a_long_list_where_a_number_belongs(tmp_path: Path) -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    changes = {"rope_scaling": scaling, "original_max_position_embeddings": ["a" * 50] * 100}
+    folder = make.write_hf_folder(tmp_path / "m", SMALL, WEIGHTS, **changes)
+    with pytest.raises(ModelFormatError, match="is 32 in rope_scaling, but") as caught:
+        open_source(folder)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_long_list_as_the_name_of_a_format() -> None:
+    with pytest.raises(ModelFormatError, match="x: unknown format") as caught:
+        TensorSpec.from_metadata("x", json.dumps({"format": ["a" * 50] * 30, "shape": [4]}))
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_template_whose_name_is_a_list(tmp_path: Path) -> None:
+    named = [{"name": [], "template": "a"}, {"name": "tool_use", "template": "b"}]
+    folder = write_folder(tmp_path / "m", {"tokenizer_config.json": {"chat_template": named}})
+    with pytest.raises(ModelFormatError, match=r"no template named default, only ..tool_use"):
+        ChatTemplate.from_folder(folder)
