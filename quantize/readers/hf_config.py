@@ -132,7 +132,8 @@ def _one_scaling(family: Family, fields: Fields, scaling: Any, key: str) -> dict
     inside = scaling.get(_ORIGINAL)
     if outside is not None and inside is not None and inside != outside and _ORIGINAL not in family.defaults:
         fields.fail(
-            _ORIGINAL, f"is {shown(inside)} in {key}, but {shown(outside)} beside it with rope_type {kind}; one is wrong"
+            _ORIGINAL,
+            f"is {shown(inside)} in {key}, but {shown(outside)} otherwise with rope_type {kind}; one is wrong",
         )
     completed = {**scaling, _ORIGINAL: next(n for n in (outside, inside, longest) if n is not None)}
     if kind == "longrope" and completed.get("factor") is None:
