@@ -92,7 +92,7 @@ def test_without_a_library_nothing_is_kept(bpe: dict[str, bytes], monkeypatch: p
         ({"texts": "a", "ids": [[1]]}, "expected two lists"),
         ({"texts": ["a"] * 2000, "ids": [[1]] * 2000}, "at most 1000"),
         ({"texts": [3], "ids": [[1]]}, "expected a string to tokenize"),
-        ({"texts": ["\ud800"], "ids": [[1]]}, "lone surrogate"),
+        ({"texts": ["\ud800"], "ids": [[1]]}, "half of a surrogate pair"),
         ({"texts": ["a"], "ids": [["1"]]}, "does not give the ids"),
         ({"texts": ["a"], "ids": [None]}, "does not give the ids"),
     ],
