@@ -152,9 +152,8 @@ def _check_rest(family: Family, left: dict[str, Rows], where: str) -> None:
             f"{where}: tensor {shown(strange[0])}{more} does not belong to a {family.architecture} model"
         )
     for name, tensor in extra.items():
-        if len(tensor.shape) != 1:
-            raise ModelFormatError(f"{where}: tensor {name} has shape {list(tensor.shape)}, expected one dimension")
-        if not tensor.supported or not is_zero(tensor):
+        tensor.check()
+        if not is_zero(tensor):
             raise ModelFormatError(
                 f"{where}: tensor {name} is not zero; its config gives it no bias there, or the engine has none"
             )

@@ -296,7 +296,6 @@ BAD_PICKLES: dict[str, tuple[bytes, str]] = {
     "more strides than sides": (one(T, 0, (2, 3), (3, 1, 1), *REST), r"a shape of 2 numbers with 3 strides"),
     "empty tensor": (one(T, 0, (0, 3), (3, 1), *REST), r"shape \[0, 3\]"),
     "conjugate bit": (one(T, 0, (2, 3), (3, 1), *REST, {"conj": True}), r"conjugate, negative or other bits"),
-    "three dimensions, turned": (one(T, 0, (1, 3, 2), (6, 1, 3), *REST), r"has strides \[6, 1, 3\]; save it"),
     "a parameter of a number": (
         state(t=Call(Global("torch._utils _rebuild_parameter"), (3, True, None))),
         r"_rebuild_parameter: 3 arguments",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pyllama.common.formats import dequantize
 from pyllama.common.reader import BoundedFile
 from quantize.readers.gguf_types import GGUF_TYPES
 from quantize.readers.source import DENSE_TYPES, Joined, Rows, Scaled, Slice, SourceTensor, StoredTensor, is_zero
+from quantize.readers.torch_file import StridedTensor, _Storage, _Tensor
+from quantize.readers.zip_stored import Entry
 
 Q4_0, F32 = GGUF_TYPES[2], DENSE_TYPES["F32"]
 
@@ -43,6 +46,34 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
     folder = tmp_path_factory.mktemp("rows")
     values = np.arange(12 * 5, dtype=np.float32).reshape(12, 5)
     return folder, values
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (5, 0), (2, 3, 4)])
+def test_shapes_that_no_tensor_of_a_model_has(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Said by whatever reads such a tensor first, before numpy sees the shape."""
+    path = tmp_path / "w.pth"
+    path.write_bytes(bytes(4 * 24))
+    place = _Storage("0", "F32", 4, 24, Entry("0", 0, 96, 0))
+    strange = [
+        StoredTensor(BoundedFile(path), "w", "F32", F32, shape, 0, 4 * math.prod(shape)),
+        StridedTensor("w", BoundedFile(path), _Tensor(place, 0, shape, (1,) * len(shape)), F32),
+    ]
+    for rows in strange:
+        pattern = rf"w.pth: tensor 'w'.* has shape \[{', '.join(map(str, shape))}\], expected that of a matrix or"
+        for use in (
+            lambda rows=rows: rows.read(np.arange(0)),
+            lambda rows=rows: SourceTensor("layers.0.wq", rows),
+            lambda rows=rows: SourceTensor("norm", Scaled(rows, 2.0)),
+            lambda rows=rows: Joined("w", [rows, rows], 1),
+        ):
+            with pytest.raises(ModelFormatError, match=pattern):
+                use()
+
+
+def test_only_matrices_are_joined_side_by_side(tmp_path: Path) -> None:
+    parts = [stored(tmp_path, np.ones(4), name) for name in "ab"]
+    with pytest.raises(ModelFormatError, match=r"a.bin: tensor 'a' has shape \[4\], expected a matrix"):
+        Joined("w", parts, 1)
 
 
 @given(cuts=st.sets(st.integers(1, 11)), index=st.lists(st.integers(0, 11)))

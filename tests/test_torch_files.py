@@ -123,7 +123,7 @@ def test_integers_are_listed_and_refused_as_a_models_tensors(tmp_path: Path) -> 
         "t": tensor(storage("0", 4, "LongStorage"), (2, 2), (1, 2)),
     }
     found = read_torch(written(tmp_path / "ids.pth", items, {"0": bytes(32)}))
-    assert [found[name].supported for name in items] == [False, False]
+    assert all("type I64, which is not supported" in found[name].trouble for name in items)
 
 
 # ----------------------------------------------------------------------------------------------- Hugging Face folders
@@ -285,7 +285,8 @@ def test_tensors_of_other_dimensions(tmp_path: Path, name: str, shape: tuple[int
     for part in parts:
         part[name] = np.ones(shape, np.float32)
     folder = write_meta_folder(tmp_path / "meta", meta_params(SHAPE), parts)
-    refused(open_source, folder, rf"tensor .*{name}.* shape \[{', '.join(map(str, shape))}\]")
+    sides = "3|6" if shape == (3,) else ", ".join(map(str, shape))  # vectors may have been joined
+    refused(open_source, folder, rf"tensor .*{name}.* shape \[({sides})\]")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +365,7 @@ def test_shards_of_meta_that_are_wrong(tmp_path: Path) -> None:
     more = [meta_shards(SHAPE, WEIGHTS)[0] | {"vision.weight": np.ones((2, 2), np.float32)}]
     refused(open_source, made("vision", more), r"tensor 'vision.weight' does not belong")
     flat = [meta_shards(SHAPE, WEIGHTS)[0] | {"output.weight": np.ones(4, np.float32)}]
-    refused(open_source, made("flat", flat), r"00.pth: tensor 'output.weight' has shape \[4\], expected a matrix")
+    refused(open_source, made("flat", flat), r"tensor output.weight \(output\): shape \[4\], expected \[")
     folder = made("no-params", meta_shards(SHAPE, WEIGHTS))
     (folder / "params.json").unlink()
     refused(open_source, folder, r"params.json: is missing; Meta's consolidated.NN.pth need it")

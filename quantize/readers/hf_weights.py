@@ -24,7 +24,7 @@ MAX_NAME_BYTES = 255  # what file systems allow
 
 
 def safetensors_rows(file: SafetensorsFile) -> dict[str, StoredTensor]:
-    """The tensors of an opened file; what is no number of ours is not `supported`."""
+    """The tensors of an opened file; what is no number of ours has `trouble`."""
     return {
         name: StoredTensor(
             file.file, name, info.dtype, DENSE_TYPES.get(info.dtype), info.shape, info.start, info.end - info.start

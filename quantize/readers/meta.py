@@ -55,7 +55,7 @@ def open_meta(folder: Path) -> Source:
         raise ModelFormatError(f"{params_path}: is missing; Meta's consolidated.NN.pth need it")
     paths = _shard_paths(folder)
     params = read_json(params_path)
-    shards = [_read_shard(path) for path in paths]
+    shards = [read_torch(path) for path in paths]
     _check_numbers(paths, shards, params, str(params_path))
     stored = _join(paths, shards, params)
     tied = _is_tied(stored, bool(params.get("use_scaled_rope")))
@@ -85,14 +85,6 @@ def _shard_paths(folder: Path) -> list[Path]:
     return [folder / f"consolidated.{number:02d}.pth" for number in numbers]
 
 
-def _read_shard(path: Path) -> dict[str, Rows]:
-    shard = read_torch(path)
-    for name, rows in shard.items():
-        if (name in (EMBEDDING, HEAD) or _MATRIX.fullmatch(name)) and len(rows.shape) != 2:
-            raise ModelFormatError(f"{path}: tensor {shown(name)} has shape {list(rows.shape)}, expected a matrix")
-    return shard
-
-
 def _check_numbers(paths: Sequence[Path], shards: Sequence[Mapping[str, Rows]], params: Any, where: str) -> None:
     """Raises unless these are all the shards of one model, each once and in its place."""
     name = "layers.0.attention.wq.weight"
@@ -100,7 +92,7 @@ def _check_numbers(paths: Sequence[Path], shards: Sequence[Mapping[str, Rows]], 
     fields = Fields(params, where)
     n_heads = fields.integer("n_heads", 1, 1 << 12)
     rows = n_heads * fields.integer("head_dim", 1, 1 << 11, max(1, fields.integer("dim", 1, 1 << 17) // n_heads))
-    if first is not None and first.shape and rows % first.shape[0] == 0 and rows // first.shape[0] != len(paths):
+    if first is not None and not first.trouble and rows % first.shape[0] == 0 and rows // first.shape[0] != len(paths):
         count = rows // first.shape[0]
         told = f"tensor {name} has {first.shape[0]} of {rows} rows in {paths[0].name}, so there are {count} files"
         if count > len(paths):
@@ -120,7 +112,7 @@ def _fingerprint(shard: Mapping[str, Rows]) -> bytes:
     """Of the first row of each matrix of the first layer: parts of one model differ there."""
     digest = hashlib.sha256()
     for name, rows in shard.items():
-        if name.startswith("layers.0.") and _MATRIX.fullmatch(name) and rows.supported and rows.shape[0]:
+        if name.startswith("layers.0.") and _MATRIX.fullmatch(name) and not rows.trouble:
             digest.update(f"{name} {rows.shape}".encode() + rows.read(np.arange(1)).tobytes())
     return digest.digest()
 
@@ -170,12 +162,12 @@ def _axis(name: str, part: Rows, params: Mapping[str, Any]) -> int | None:
 def _one_copy(name: str, parts: Sequence[Rows]) -> Rows:
     """The first shard's copy of a norm, if the others have the same."""
     first = parts[0]
-    if len(first.shape) != 1 or not first.supported:
+    if len(first.shape) != 1 or first.trouble:
         return first
     index = np.arange(first.shape[0])
     values = first.read(index)
     for part in parts[1:]:
-        if part.shape != first.shape or not part.supported:
+        if part.shape != first.shape or part.trouble:
             raise ModelFormatError(
                 f"{part.where}: tensor {shown(name)} is {part.type_name} {list(part.shape)}, but {first.type_name}"
                 f" {list(first.shape)} in {first.where}"
@@ -217,6 +209,7 @@ def _config(params: Mapping[str, Any], stored: Mapping[str, Rows], tied: bool, w
     fields = Fields(params, where, family.defaults)
     values = dict(params)
     if params.get("vocab_size") in (None, -1) and EMBEDDING in stored:
+        stored[EMBEDDING].check()
         values["vocab_size"] = stored[EMBEDDING].shape[0]
     if params.get("hidden_dim") is None:
         values["hidden_dim"] = _hidden_dim(fields)

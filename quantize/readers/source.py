@@ -64,7 +64,7 @@ class Rows(ABC):
     """A tensor as its source has it. A matrix [N, K] has N rows; a vector [N] has N rows of one number.
 
     name: in the source. type_name: the source's own name of its type, as `Q4_1`. where: the path for messages.
-    n_bytes: its size there. supported: False for a type that exists but cannot be read.
+    n_bytes: its size there. Reading what has `trouble` raises ModelFormatError, before its shape is relied on.
     """
 
     name: str
@@ -77,8 +77,16 @@ class Rows(ABC):
     def where(self) -> str: ...
 
     @property
-    def supported(self) -> bool:
-        return True
+    def trouble(self) -> str:
+        """What keeps this from being a tensor of a model, in words; "" if nothing does. Containers hold any others."""
+        if 1 <= len(self.shape) <= 2 and all(self.shape):
+            return ""
+        return f"shape {list(self.shape)}, expected that of a matrix or a vector with numbers in it"
+
+    def check(self) -> None:
+        """Raises ModelFormatError where there is `trouble`."""
+        if self.trouble:
+            raise ModelFormatError(f"{self.where}: tensor {shown(self.name)} has {self.trouble}")
 
     @property
     def grid(self) -> Grid | None:
@@ -165,8 +173,10 @@ class StoredTensor(Rows):
         return str(self.file.path)
 
     @property
-    def supported(self) -> bool:
-        return self.type is not None
+    def trouble(self) -> str:
+        if self.type is None:
+            return f"type {self.type_name}, which is not supported; a model's tensors are {', '.join(DENSE_TYPES)} here"
+        return super().trouble
 
     @property
     def grid(self) -> Grid | None:
@@ -192,8 +202,8 @@ class StoredTensor(Rows):
         return kind.repack(self._bytes(kind, index))
 
     def _type(self) -> StoredType:
-        if self.type is None:
-            raise ValueError(f"{self.name}: type {self.type_name} cannot be read")
+        self.check()
+        assert self.type is not None
         return self.type
 
     def _bytes(self, kind: StoredType, index: Index) -> Array:
@@ -221,8 +231,8 @@ class Slice(Rows):
         return self._whole.where
 
     @property
-    def supported(self) -> bool:
-        return self._whole.supported
+    def trouble(self) -> str:
+        return self._whole.trouble
 
     @property
     def grid(self) -> Grid | None:
@@ -243,7 +253,13 @@ class Joined(Rows):
 
     def __init__(self, name: str, parts: Sequence[Rows], axis: int) -> None:
         first = parts[0]
+        first.check()
+        if len(first.shape) <= axis:
+            raise ModelFormatError(
+                f"{first.where}: tensor {shown(first.name)} has shape {list(first.shape)}, expected a matrix"
+            )
         for part in parts[1:]:
+            part.check()
             if len(part.shape) != len(first.shape) or any(
                 a != b for i, (a, b) in enumerate(zip(part.shape, first.shape, strict=True)) if i != axis
             ):
@@ -267,10 +283,6 @@ class Joined(Rows):
     @property
     def where(self) -> str:
         return self._parts[0].where
-
-    @property
-    def supported(self) -> bool:
-        return all(part.supported for part in self._parts)
 
     @property
     def grid(self) -> Grid | None:
@@ -338,8 +350,8 @@ class Scaled(Rows):
         return self._whole.where
 
     @property
-    def supported(self) -> bool:
-        return self._whole.supported
+    def trouble(self) -> str:
+        return self._whole.trouble
 
     def read(self, index: Index) -> NDArray[np.float32]:
         return self._whole.read(index) * self._factor
@@ -434,11 +446,8 @@ class SourceTensor:
     """
 
     def __init__(self, name: str, rows: Rows, row_order: Index | None = None) -> None:
-        if not rows.supported:
-            raise ModelFormatError(
-                f"{rows.where}: tensor {shown(rows.name)} ({name}) has type {rows.type_name},"
-                f" which is not supported; a model's tensors are {', '.join(DENSE_TYPES)} here"
-            )
+        if rows.trouble:
+            raise ModelFormatError(f"{rows.where}: tensor {shown(rows.name)} ({name}) has {rows.trouble}")
         self.name = name
         self.source_name = rows.name
         self.shape = rows.shape

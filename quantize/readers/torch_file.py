@@ -110,6 +110,7 @@ class StridedTensor(Rows):
         self._file.release()
 
     def _taken(self, index: Index) -> Array:
+        self.check()
         storage = self._tensor.storage
         data = self._file.map(storage.entry.start, storage.entry.size, what=f"tensor {shown(self.name)}")
         item = storage.item_bytes
@@ -255,11 +256,6 @@ class _TorchFile:
         storage = tensor.storage
         kind = DENSE_TYPES.get(storage.type_name)
         if not tensor.is_contiguous and kind is not None:
-            if not 1 <= len(tensor.shape) <= 2:
-                self._file.fail(
-                    f"tensor {shown(name)} of shape {list(tensor.shape)} has strides {list(tensor.strides)}; save it"
-                    " with .contiguous()"
-                )
             return StridedTensor(name, self._file, tensor, kind)
         start = storage.entry.start + tensor.offset * storage.item_bytes
         n_bytes = math.prod(tensor.shape) * storage.item_bytes
