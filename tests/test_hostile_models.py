@@ -117,7 +117,7 @@ def test_vocabulary_of_an_unknown_kind(tmp_path: Path) -> None:
         (GgufTensor("blk.0.ffn_up.bias", (32,), 0, b"\1" * 128), r"blk.0.ffn_up.bias is not zero"),
         (
             GgufTensor("blk.0.ffn_up.bias", (8, 2, 2), 0, bytes(128)),
-            r"ffn_up.bias has shape \[2, 2, 8\], expected that of a matrix",
+            r"ffn_up.bias. has shape \[2, 2, 8\], expected that of a matrix",
         ),
         (GgufTensor("rope_freqs.weight", (7,), 0, bytes(28)), r"rope_freqs.weight is F32 \[7\], expected F32 \[8\]"),
         (GgufTensor("rope_freqs.weight", (8,), 0, bytes(32)), r"rope_freqs.weight holds factors that are not finite"),
