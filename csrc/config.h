@@ -22,7 +22,7 @@ struct Config {
   int vocab_size = 0;
   int max_seq_len = 0;
   float norm_eps = 1e-5f;
-  std::vector<float> rope_inv_freq;    // [head_dim/2], scaling already applied (pyllama/rope.py)
+  std::vector<float> rope_inv_freq;    // [head_dim/2], scaling already applied (pyllama/common/rope.py)
   float rope_attention_factor = 1.0f;  // multiplies cos and sin (YaRN)
   float embedding_scale = 1.0f;        // multiplies the embedding
   float attention_scale = 0.0f;        // multiplies q·k; above 0, 1/√head_dim where config.json says nothing

@@ -23,9 +23,9 @@ from .common.errors import ModelFormatError, PyllamaError, not_found
 from .common.formats import FORMATS, VERSION, TensorSpec
 from .common.model_folder import ModelFolder, is_model_folder, read_model_folder
 from .common.reader import parse_json, read_bytes, read_json
+from .common.rope import inv_freq
 from .demo import demo_source
 from .native import load_native
-from .rope import inv_freq
 
 DEMO = "demo"
 SETTLE_S = 0.1

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pyllama.common.errors import ModelFormatError, PyllamaError, QuantizeError
 from pyllama.common.formats import FORMATS, GROUPS
 
+from .calibration_texts import DEFAULT_TOKENS
 from .convert import Plan, check_request, make_plan, size_text, write_plan
 from .lora import merge_adapters
 from .methods import METHODS
@@ -58,6 +59,7 @@ examples: quantize SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2     without loss
           quantize Llama-3.2-1B -o llama-1b-q4nl --format q4nl
           quantize Llama-3.2-1B -o llama-1b-mixed --format q4 --tensor-type 'embeddings|output=q8'
           quantize Llama-3.2-1B -o mine --lora adapter            with a LoRA adapter merged
+          quantize Llama-3.2-1B -o best --format q4nl --method imatrix
           quantize verify llama-1b-q4nl                           compares every checksum
 
 exit codes: 0 done, 1 failed (OUT is as it was), 2 wrong usage, 130 interrupted by Ctrl-C"""
@@ -138,7 +140,17 @@ def _convert_parser() -> argparse.ArgumentParser:
         "--method",
         choices=list(METHODS),
         default="rtn",
-        help="how codes are chosen (default: %(default)s, round to nearest)",
+        help="how codes are chosen: rtn, round to nearest, or imatrix, the same by the errors that a product makes of "
+        "it, which needs calibration (default: %(default)s)",
+    )
+    add(
+        "--calibration",
+        metavar="FILE|self|mix",
+        help="what runs through the model for methods that need it: a text file, texts sampled from the model, or a "
+        "short mix of our own (default: mix)",
+    )
+    add(
+        "--calibration-tokens", type=int, metavar="N", help=f"about how many tokens of that (default: {DEFAULT_TOKENS})"
     )
     add(
         "--tensor-type",
@@ -214,7 +226,14 @@ def _run_convert(arguments: list[str]) -> int:
         src = Path(options.src)
         suggestion = f"{src.stem if src.suffix == '.gguf' else name_of(src)}-{options.format or 'pyllama'}"
         parser.error(f"say where to put the model folder, for example: -o {suggestion}")
-    check_request(options.format, options.group_size, options.method, options.tensor_type)
+    check_request(
+        options.format,
+        options.group_size,
+        options.method,
+        options.tensor_type,
+        options.calibration,
+        options.calibration_tokens,
+    )
     out = (
         None if options.output is None else check_output(options.output, overwrite=options.overwrite or options.resume)
     )
@@ -225,6 +244,8 @@ def _run_convert(arguments: list[str]) -> int:
         format=options.format,
         group_size=options.group_size,
         method=options.method,
+        calibration=options.calibration,
+        calibration_tokens=options.calibration_tokens,
         tensor_types=options.tensor_type,
     )
     _warn_of_second_rounding(plan)
@@ -437,14 +458,21 @@ def _progress(what: str, unit: str) -> Iterator[Report]:
 
 
 def _plain_report(what: str, unit: str) -> Report:
-    last = time.monotonic()
+    started = last = time.monotonic()
+    first: int | None = None  # what was done when we began, as --resume may leave something
 
     def show(done: int, total: int, name: str) -> None:
-        nonlocal last
+        nonlocal last, first
+        first = done if first is None else first
         now = time.monotonic()
         if now - last >= _PLAIN_EVERY_S:
             last = now
             size = f"{total / 1e6:.0f} M" if total >= 10_000_000 else f"{total:,}"
-            print(f"{what}: {done / total:4.0%} of {size} {unit}, {name}", file=sys.stderr, flush=True)
+            left = f", {_time_text((now - started) * (total - done) / (done - first))} left" if done > first else ""
+            print(f"{what}: {done / total:4.0%} of {size} {unit}, {name}{left}", file=sys.stderr, flush=True)
 
     return show
+
+
+def _time_text(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from pyllama.common.formats import (
 )
 from pyllama.common.model_folder import check_config, check_tensors
 
+from .calibration import in_order
+from .calibration_texts import DEFAULT_TOKENS, MIX, Calibration
 from .lora import merge_adapters
 from .methods import METHODS
 from .pipeline import Progress, ProgressFunction, write_plan
@@ -57,6 +59,7 @@ class Plan:
     format: str  # of most weights
     group: int
     method: str  # "repack" when every matrix is repacked
+    calibration: Calibration | None = None  # for a method that needs statistics
 
     @property
     def payload_bytes(self) -> int:
@@ -140,6 +143,8 @@ def convert(
     format: str | None = None,
     group_size: int | None = None,
     method: str = "rtn",
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
     tensor_types: Sequence[tuple[str, str]] = (),
     lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
     overwrite: bool = False,
@@ -151,6 +156,8 @@ def convert(
 
     format: of all matrices; None repacks those that are on a grid of ours (docs/GGUF.md) and makes the others q8.
     group_size: 32, 64 or 128 columns per scale of what is quantized (default 32). method: how codes are chosen.
+    calibration: for a method that runs texts through the model: a text file, "self" (sampled from the model), or by
+    default "mix", our own; calibration_tokens: about how many tokens of it (default 16384).
     tensor_types: (regular expression, format) pairs for canonical names; the last that is found in a name decides.
     lora: PEFT adapters to be merged, each a folder and a factor.
     resume: goes on with a conversion to `out` that was stopped, to the same bytes, and keeps what is done if this one
@@ -158,17 +165,32 @@ def convert(
     Raises ModelFormatError for a defective source, QuantizeError when the output cannot be written or the request makes
     no sense for this model, ValueError for unknown formats, groups and methods. A failure leaves nothing at `out`.
     """
-    check_request(format, group_size, method, tensor_types)
+    check_request(format, group_size, method, tensor_types, calibration, calibration_tokens)
     target = check_output(out, overwrite=overwrite or resume)
     source = merge_adapters(open_source(src), lora)
-    plan = make_plan(source, format=format, group_size=group_size, method=method, tensor_types=tensor_types)
+    plan = make_plan(
+        source,
+        format=format,
+        group_size=group_size,
+        method=method,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        tensor_types=tensor_types,
+    )
     return write_plan(plan, target, overwrite=overwrite, resume=resume, max_memory=max_memory, progress=progress)
 
 
 def check_request(
-    format: str | None, group_size: int | None, method: str, tensor_types: Sequence[tuple[str, str]]
+    format: str | None,
+    group_size: int | None,
+    method: str,
+    tensor_types: Sequence[tuple[str, str]],
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
 ) -> None:
-    """Raises ValueError for an unknown format, group size or method, or a broken regular expression."""
+    """Raises ValueError for an unknown format, group size or method, a broken regular expression, or calibration that
+    the method has no use for.
+    """
     for name in [format] * (format is not None) + [wanted for _, wanted in tensor_types]:
         if name not in FORMATS:
             raise ValueError(f"unknown format {name!r}, expected one of {' '.join(FORMATS)}")
@@ -176,6 +198,11 @@ def check_request(
         raise ValueError(f"group size {group_size}, expected 32, 64 or 128")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}, expected one of {' '.join(METHODS)}")
+    if not METHODS[method].needs and (calibration is not None or calibration_tokens is not None):
+        data = " ".join(name for name, row in METHODS.items() if row.needs)
+        raise ValueError(f"method {method} needs no calibration; methods that do are {data}")
+    if calibration_tokens is not None and calibration_tokens < 1:
+        raise ValueError(f"{calibration_tokens} tokens for calibration, expected at least 1")
     for pattern, _ in tensor_types:
         try:
             re.compile(pattern)
@@ -189,10 +216,12 @@ def make_plan(
     format: str | None = None,
     group_size: int | None = None,
     method: str = "rtn",
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
     tensor_types: Sequence[tuple[str, str]] = (),
 ) -> Plan:
     """Decides the format of every tensor of an opened source; arguments as in `convert`. Reads no weights."""
-    check_request(format, group_size, method, tensor_types)
+    check_request(format, group_size, method, tensor_types, calibration, calibration_tokens)
     check_config(source.config, "source")
     check_tensors(source.config, {name: tensor.shape for name, tensor in source.tensors.items()}, "source")
     rules = [(re.compile(pattern), wanted) for pattern, wanted in tensor_types]
@@ -212,7 +241,11 @@ def make_plan(
         )
     if group_size is not None and not any(item.spec.group == group_size for item in planned):
         raise QuantizeError(f"group size {group_size} would apply to no matrix; say which format, as --format q4")
-    return _summarize(source, planned, method)
+    plan = _summarize(source, planned, method)
+    if plan.method not in METHODS or not METHODS[plan.method].needs:
+        return plan
+    wish = Calibration(calibration or MIX, calibration_tokens or DEFAULT_TOKENS)
+    return replace(plan, tensors=in_order(source.config, plan.tensors), calibration=wish)
 
 
 def _plan_tensor(name: str, tensor: SourceTensor, wanted: str | None, group_size: int | None) -> Planned:

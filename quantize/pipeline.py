@@ -1,7 +1,8 @@
 """Carries out a plan: blocks of rows are read, converted and packed by some threads and written in order by the caller.
 
 A block is one piece of work from source to tiles, and only the order in which blocks are written makes the file: the
-bytes are the same for any number of threads and any size of blocks. `max_memory` bounds what is resident: blocks become
+bytes are the same for any number of threads and any size of blocks. A method that needs statistics gets its blocks in
+the order of the layers (calibration.py). `max_memory` bounds what is resident: blocks become
 smaller and threads fewer until what they take fits, and pages of the source are let go of as soon as they were read.
 What becomes of a tensor was decided before (convert.py); where bytes go is writer.py's affair.
 """
@@ -29,8 +30,10 @@ from pyllama.common.formats import TILE_ROWS, Packed, TensorSpec, check_finite, 
 from pyllama.common.reader import BoundedFile, recorded_files
 
 from . import kernels
+from .calibration import Block, LayerByLayer, bytes_needed
+from .calibration_texts import Texts, read_texts
 from .golden import golden_files
-from .methods import METHODS
+from .methods import METHODS, Statistics
 from .writer import GENERATION_FILE, FolderWriter, clear, is_written
 
 if TYPE_CHECKING:
@@ -73,6 +76,8 @@ def write_plan(
     if plan.source.generation_config and GENERATION_FILE not in files:
         files[GENERATION_FILE] = (json.dumps(plan.source.generation_config, indent=2) + "\n").encode()
     specs, config = [item.spec for item in plan.tensors], plan.config()
+    threads = threads or min(_MAX_THREADS, _cores())
+    texts = _texts(plan, files, config, max_memory, threads)
     files |= golden_files(files, config, plan.source.identity["name"])
     target = Path(out).resolve()
     if resume and is_written(target, specs, config, files):
@@ -80,13 +85,12 @@ def write_plan(
         return target
     watched = _Watched((*plan.source.files, *read_now))
     watched.release(sparing=max_memory is not None)  # what checking has looked at
-    work = _Work.within(plan, max_memory, threads or min(_MAX_THREADS, _cores()))
+    work = _Work.within(plan, max_memory, threads)
     writer = FolderWriter(target, specs, config, files, overwrite=overwrite, resume=resume, source=watched.stamp)
     with writer:
         finished = set(writer.finished)
         done = sum(item.spec.n_weights for item in plan.tensors if item.spec.name in finished)
-        todo = [item for item in plan.tensors if item.spec.name not in finished]
-        with closing(_converted(todo, plan.method, work)) as blocks:
+        with closing(_blocks_of(plan, texts, work, writer)) as blocks:
             for item, rows, payload in blocks:
                 watched.check(item.spec.name)
                 writer.add_rows(item.spec, rows.stop - rows.start, payload)
@@ -99,6 +103,35 @@ def write_plan(
         return writer.finish()
 
 
+def _texts(
+    plan: Plan, files: dict[str, bytes], config: dict[str, Any], max_memory: int | None, threads: int
+) -> Texts | None:
+    """The texts of a plan that calibrates, which its config then tells of."""
+    if plan.calibration is None:
+        return None
+
+    def sample(folder: Path) -> Path:
+        from .convert import make_plan
+
+        return write_plan(make_plan(plan.source), folder, max_memory=max_memory, threads=threads)
+
+    texts = read_texts(plan.calibration, files, config, plan.source.identity["name"], sample)
+    config["quantization"]["calibration"] = texts.record()
+    return texts
+
+
+def _blocks_of(plan: Plan, texts: Texts | None, work: _Work, writer: FolderWriter) -> Generator[Block, None, None]:
+    """All blocks that are still to be written, in order."""
+    finished = set(writer.finished)
+    if texts is None:
+        return _converted([item for item in plan.tensors if item.spec.name not in finished], plan.method, work)
+
+    def convert(items: Sequence[Planned], statistics: Statistics | None) -> Generator[Block, None, None]:
+        return _converted(items, plan.method, work, statistics)
+
+    return LayerByLayer(plan, texts, convert, finished, writer.payload, work.threads).blocks()
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -107,12 +140,12 @@ def _cores() -> int:
 
 
 def _converted(
-    items: Sequence[Planned], method: str, work: _Work
-) -> Generator[tuple[Planned, slice, NDArray[np.uint8]], None, None]:
+    items: Sequence[Planned], method: str, work: _Work, statistics: Statistics | None = None
+) -> Generator[Block, None, None]:
     """All blocks in order, each packed as a tensor of its own."""
     waiting: deque[tuple[Planned, slice, Future[NDArray[np.uint8]]]] = deque()
 
-    def next_one() -> tuple[Planned, slice, NDArray[np.uint8]]:
+    def next_one() -> Block:
         item, rows, future = waiting.popleft()
         return item, rows, future.result()
 
@@ -120,7 +153,7 @@ def _converted(
         try:
             for item in items:
                 for rows in _blocks(item.spec, work.block_weights):
-                    waiting.append((item, rows, pool.submit(_pack_block, item, rows, method)))
+                    waiting.append((item, rows, pool.submit(_pack_block, item, rows, method, statistics)))
                     if len(waiting) > work.threads:
                         yield next_one()
             while waiting:
@@ -138,7 +171,7 @@ def _blocks(spec: TensorSpec, block_weights: int) -> Iterator[slice]:
         yield slice(first, min(first + step, n_rows))
 
 
-def _pack_block(item: Planned, rows: slice, method: str) -> NDArray[np.uint8]:
+def _pack_block(item: Planned, rows: slice, method: str, statistics: Statistics | None) -> NDArray[np.uint8]:
     spec, source = item.spec, item.source
     if spec.is_vector:
         return pack(spec, _cast(spec, source.read()))
@@ -146,7 +179,8 @@ def _pack_block(item: Planned, rows: slice, method: str) -> NDArray[np.uint8]:
         packed = source.read_packed(rows)
         check_finite(spec, packed)
     elif item.how == "quantize":
-        packed = METHODS[method].quantize(source.read(rows), spec, None)
+        chosen = METHODS["rtn" if METHODS[method].needs and statistics is None else method]
+        packed = chosen.quantize(source.read(rows), spec, statistics)
     else:
         packed = _cast(spec, source.read(rows))
     return pack(replace(spec, shape=(rows.stop - rows.start, spec.shape[1])), packed, kernels.tiles())
@@ -215,7 +249,13 @@ class _Work:
         resident, peak = resident_bytes()
         widest = max((item.spec.shape[1] for item in plan.tensors if not item.spec.is_vector), default=1)
         waiting = max(sum(section.nbytes for section in item.spec.sections[1:]) for item in plan.tensors)
-        fixed = resident + waiting + _FIXED_BYTES + max(item.spec.shape[0] * 16 for item in plan.tensors)
+        fixed = (
+            resident
+            + waiting
+            + _FIXED_BYTES
+            + bytes_needed(plan)
+            + max(item.spec.shape[0] * 16 for item in plan.tensors)
+        )
         block = _BLOCK_WEIGHTS
         while True:
             rows = round_up(max(1, block // widest), TILE_ROWS) * widest

@@ -214,6 +214,21 @@ class FolderWriter:
             assert self._journal is not None
             self._journal.add(spec.name, self._checksums[spec.name])
 
+    def payload(self, name: str) -> bytes:
+        """That of a finished tensor, read back."""
+        if name not in self._checksums:
+            raise ValueError(f"{name} is not finished")
+        at = len(self._header)
+        for spec in self._specs:
+            if spec.name == name:
+                break
+            at += spec.payload_bytes
+        with _explained(self._out):
+            written = os.lseek(self._fd, 0, os.SEEK_CUR)  # what follows waits in memory
+            found = _read_at(self._fd, at, min(max(written - at, 0), spec.payload_bytes))
+        first = max(at - written, 0)
+        return found + bytes(self._pending[first : first + spec.payload_bytes - len(found)])
+
     def _append(self, data: memoryview) -> None:
         """Writes whole huge pages and keeps the rest for later.
 

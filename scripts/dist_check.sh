@@ -23,6 +23,7 @@ assert pathlib.Path(pyllama.__file__).resolve().is_relative_to(work), pyllama.__
 files = {p.name for p in importlib.resources.files(pyllama).iterdir()}
 missing = {"py.typed", "_C.pyi"} - files
 assert not missing, f"the wheel lacks {missing}"
+assert importlib.resources.files("quantize").joinpath("data/calibration.txt").is_file(), "the wheel lacks calibration.txt"
 print("pyllama", pyllama.__version__, extension.build_info(), extension.isas())
 PY
 venv/bin/quantize --help >/dev/null

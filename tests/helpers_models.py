@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pyllama import _C
 from pyllama.common.formats import FORMATS, Packed, TensorSpec, dense, dequantize, pack
-from pyllama.rope import inv_freq
+from pyllama.common.rope import inv_freq
 
 from .oracle import Llama
 

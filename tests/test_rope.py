@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.rope import inv_freq
+from pyllama.common.rope import inv_freq
 
 
 def config(head_dim: int = 64, theta: float = 10000.0, scaling: Any = None, max_seq_len: int = 2048) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyllama.common.formats import Packed, TensorSpec
 
+from .imatrix import quantize_imatrix
 from .rtn import quantize_rtn
 from .statistics import Statistics
 
@@ -34,6 +35,11 @@ def _rtn(weights: NDArray[np.float32], spec: TensorSpec, statistics: Statistics 
     return quantize_rtn(weights, spec.format, spec.group, spec.codebook or None, name=spec.name)
 
 
-METHODS: dict[str, Method] = {"rtn": Method(_rtn)}
+def _imatrix(weights: NDArray[np.float32], spec: TensorSpec, statistics: Statistics | None) -> Packed:
+    assert statistics is not None
+    return quantize_imatrix(weights, spec.format, spec.group, spec.codebook or None, statistics, name=spec.name)
 
-__all__ = ["METHODS", "Method", "Statistics", "quantize_rtn"]
+
+METHODS: dict[str, Method] = {"rtn": Method(_rtn), "imatrix": Method(_imatrix, "squares")}
+
+__all__ = ["METHODS", "Method", "Statistics", "quantize_imatrix", "quantize_rtn"]

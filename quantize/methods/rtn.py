@@ -1,11 +1,11 @@
-"""Round to nearest with a search for each group's scale: needs the weights alone, no calibration data.
+"""Round to nearest with a search for each group's scale: needs the weights alone, or how much each column counts.
 
 A group's error as a function of its scale has many local minima. Some two dozen trial scales are tried around the one
 that just covers the largest weight; for each, the best scale for the codes it gives is known in closed form (least
 squares), so trials are ranked without rounding. The winner is refitted a few times, its scale rounded to f16 before
 the codes are chosen again, and is kept only where it beats plain rounding. Works on arrays of [width, groups]: groups
 run along the contiguous axis, so every step is one pass of vector instructions. This is the definition; where the
-extension is built its loops (csrc/convert) do the same, bit for bit. Does not know files or other methods.
+extension is built its loops (csrc/convert) do the same for columns that count alike, bit for bit. Does not know files.
 """
 
 from __future__ import annotations
@@ -38,12 +38,19 @@ _AFFINE_TRIALS = np.array([(low, (1 - low - high) / 15) for low in _SHRINK for h
 
 
 def quantize_rtn(
-    weights: Floats, format: str, group: int, codebook: tuple[int, ...] | None = None, *, name: str = "weights"
+    weights: Floats,
+    format: str,
+    group: int,
+    codebook: tuple[int, ...] | None = None,
+    *,
+    importance: Floats | None = None,
+    name: str = "weights",
 ) -> Packed:
     """Quantizes a matrix by rounding to nearest, each group with the best scale found.
 
     weights: float32 [N, K], finite. format: `q8 q4 q4a q4nl`. group: 32, 64 or 128 columns; the last may be short.
     codebook: 16 integers of −127…127, some negative and some positive, for q4nl (default Q4NL_CODEBOOK).
+    importance: float32 [K], positive: by what the squared error of each column counts; None: alike.
     Returns codes [N, K] and f16 scales (and, for q4a, f16 minimums) [N, G]. The squared error of a group is never above
     that of rounding with the scale that just covers its largest weight. Raises ModelFormatError naming `name` when a
     weight is not finite or so large that its scale would not fit f16, ValueError for what this method does not make.
@@ -53,8 +60,11 @@ def quantize_rtn(
         raise ValueError(f"rtn makes q8, q4, q4a and q4nl in groups of 32, 64 or 128; asked for {format} in {group}")
     if weights.ndim != 2 or weights.dtype != np.float32:
         raise ValueError(f"weights {weights.dtype} {list(weights.shape)}, expected float32 [N, K]")
+    if importance is not None and importance.shape != weights.shape[1:]:
+        raise ValueError(f"importance of {importance.shape} columns, the weights have {weights.shape[1]}")
     method = _Method(format, codebook)
-    extension = kernels.extension() if weights.size and weights.flags.c_contiguous else None
+    by_extension = weights.size and weights.flags.c_contiguous and importance is None
+    extension = kernels.extension() if by_extension else None
     if extension is not None and extension.largest(weights) <= method.largest:  # else the way below says what is wrong
         return method.by_extension(weights, group)
     n_rows, n_columns = weights.shape
@@ -71,13 +81,20 @@ def quantize_rtn(
                 continue
             block = np.ascontiguousarray(weights[rows, columns].reshape(-1, width).T)
             _check_range(block, method.largest, name)
-            found = method.search(block)
+            counts = None if importance is None else _repeated(importance[columns], width, block.shape[1])
+            found = method.search(block, counts)
             groups = slice(columns.start // group, -(-columns.stop // group))
             codes[rows, columns] = found.codes.T.reshape(rows.stop - rows.start, -1)
             scales[rows, groups] = found.scales.reshape(rows.stop - rows.start, -1)
             if offsets is not None:
                 offsets[rows, groups] = found.offsets.reshape(rows.stop - rows.start, -1)
     return Packed(codes, scales, offsets)
+
+
+def _repeated(importance: Floats, width: int, n_groups: int) -> Floats:
+    """That of a row's columns, for the groups of a block: [width, groups]."""
+    of_row = importance.reshape(-1, width).T
+    return np.tile(of_row, n_groups // of_row.shape[1])
 
 
 class _Method:
@@ -97,9 +114,11 @@ class _Method:
             self.places = places.astype(np.float32)
         self.largest = _F16_MAX * max(-self.grid.low, self.grid.high)
 
-    def search(self, block: Floats) -> _Found:
-        """The best encoding of weights [width, groups]."""
-        return _search_affine(block) if self.format == "q4a" else _search_scale(block, self.grid, self.places)
+    def search(self, block: Floats, counts: Floats | None) -> _Found:
+        """The best encoding of weights [width, groups], whose errors count as much as `counts` says, or alike."""
+        if self.format == "q4a":
+            return _search_affine(block, counts)
+        return _search_scale(block, self.grid, self.places, counts)
 
     def by_extension(self, weights: Floats, group: int) -> Packed:
         """The same for a whole matrix [N, K] whose weights are in range."""
@@ -167,6 +186,11 @@ def _dot(a: Floats, b: Floats) -> Floats:
     return _sum(a * b)
 
 
+def _times(values: Floats, counts: Floats | None) -> Floats:
+    """For one side of a sum of products in which columns do not count alike."""
+    return values if counts is None else values * counts
+
+
 # ---- one scale per group: q8, q4, q4nl -------------------------------------------------------------------------------
 
 
@@ -217,21 +241,22 @@ class _Codebook:
 _Grid = _Uniform | _Codebook
 
 
-def _search_scale(weights: Floats, grid: _Grid, trials: Floats) -> _Found:
+def _search_scale(weights: Floats, grid: _Grid, trials: Floats, counts: Floats | None) -> _Found:
     """The best scale of each group; trials are the places on the grid where the largest weight is put."""
+    counted = _times(weights, counts)
     largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=0)[None], axis=0)[0]
     scratch = np.empty_like(weights)
     best_gain = np.full(largest.shape, -1, dtype=np.float32)
     scale = np.zeros_like(largest)
     for place in trials:
         level = grid.levels(weights, _inverse(largest / place), scratch)
-        wc, cc = _dot(weights, level), _dot(level, level)
+        wc, cc = _dot(counted, level), _dot(_times(level, counts), level)
         fitted = np.divide(wc, cc, out=np.zeros_like(wc), where=cc > 0)
         gain = fitted * wc  # Σw² − Σ(w − s·c)² for the fitted s
         better = gain > best_gain
         best_gain[better] = gain[better]
         scale[better] = fitted[better]
-    best = _Best(weights, grid)
+    best = _Best(weights, grid, counts)
     best.offer(largest / np.float32(grid.low))
     best.offer(largest / np.float32(grid.high))
     for _ in range(_REFITS):
@@ -242,22 +267,23 @@ def _search_scale(weights: Floats, grid: _Grid, trials: Floats) -> _Found:
 class _Best:
     """Keeps, group by group, the rounded scale with the smallest squared error."""
 
-    def __init__(self, weights: Floats, grid: _Grid) -> None:
-        self._weights, self._grid = weights, grid
+    def __init__(self, weights: Floats, grid: _Grid, counts: Floats | None) -> None:
+        self._weights, self._grid, self._counts = weights, grid, counts
+        self._counted = _times(weights, counts)
         self._scale = np.zeros(weights.shape[1], dtype=np.float32)
-        self._error = _dot(weights, weights)  # of scale 0
+        self._error = _dot(self._counted, weights)  # of scale 0
         self._scratch = np.empty_like(weights)
 
     def offer(self, scale: Floats) -> Floats:
         """Tries these scales rounded to f16; returns the least-squares scale for the codes they gave."""
         rounded = _round_scale(scale)
         level = self._grid.levels(self._weights, _inverse(rounded), self._scratch)
-        wc, cc = _dot(self._weights, level), _dot(level, level)
+        wc, cc = _dot(self._counted, level), _dot(_times(level, self._counts), level)
         refit = np.divide(wc, cc, out=rounded.copy(), where=cc > 0)
         with np.errstate(invalid="ignore"):  # 0 · infinity, where a scale does not fit f16
             level *= rounded
             level -= self._weights
-        error = _dot(level, level)
+        error = _dot(_times(level, self._counts), level)
         better = error < self._error
         self._error[better] = error[better]
         self._scale[better] = rounded[better]
@@ -271,28 +297,29 @@ class _Best:
 # ---- scale and minimum per group: q4a --------------------------------------------------------------------------------
 
 
-def _search_affine(weights: Floats) -> _Found:
+def _search_affine(weights: Floats, counts: Floats | None) -> _Found:
     """The best scale and minimum of each group; trials move both ends of the range that the 16 levels cover."""
-    width = np.float32(weights.shape[0])
-    mean = _sum(weights) / width
+    total = np.float32(weights.shape[0]) if counts is None else _sum(counts)
+    mean = _sum(_times(weights, counts)) / total
     centred = weights - mean  # or the sums below would cancel in a group far from zero
     low, high = centred.min(axis=0), centred.max(axis=0)
     spread = high - low
+    counted = _times(centred, counts)
     best_gain = np.full(mean.shape, -1, dtype=np.float32)
     scale, mean_code = np.zeros_like(mean), np.zeros_like(mean)
     scratch = np.empty_like(weights)
     for start, step in _AFFINE_TRIALS:
         code = _affine_codes(centred, spread * step, low + start * spread, scratch)
-        fitted, mean_of_code, gain = _fit_affine(centred, code, width)
+        fitted, mean_of_code, gain = _fit_affine(counted, code, _times(code, counts), total)
         better = gain > best_gain
         best_gain[better] = gain[better]
         scale[better], mean_code[better] = fitted[better], mean_of_code[better]
-    best = _BestAffine(weights, mean)
+    best = _BestAffine(weights, mean, counts)
     best.offer(spread / np.float32(15), weights.min(axis=0))
     for _ in range(_REFITS):
         rounded = _round_scale(scale)
         code = best.offer(rounded, mean - rounded * mean_code)
-        scale, mean_code, _gain = _fit_affine(centred, code, width)
+        scale, mean_code, _gain = _fit_affine(counted, code, _times(code, counts), total)
     return best.found()
 
 
@@ -303,11 +330,16 @@ def _affine_codes(weights: Floats, scale: Floats, offset: Floats, out: Floats) -
     return np.clip(out, 0, 15, out=out)
 
 
-def _fit_affine(centred: Floats, code: Floats, width: np.float32) -> tuple[Floats, Floats, Floats]:
-    """Least squares of s·c + m to weights of mean 0: s, the mean code, and the squared error that they save."""
-    mean_code = _sum(code) / width
-    variance = _dot(code, code) - mean_code * mean_code * width
-    covariance = _dot(centred, code)
+def _fit_affine(
+    counted: Floats, code: Floats, counted_code: Floats, total: Floats | np.float32
+) -> tuple[Floats, Floats, Floats]:
+    """Least squares of s·c + m to weights of mean 0: s, the mean code, and the squared error that they save.
+
+    counted, counted_code: weights and codes times what they count; total: the sum of that.
+    """
+    mean_code = _sum(counted_code) / total
+    variance = _dot(counted_code, code) - mean_code * mean_code * total
+    covariance = _dot(counted, code)
     scale = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0)
     return scale, mean_code, scale * covariance
 
@@ -315,13 +347,13 @@ def _fit_affine(centred: Floats, code: Floats, width: np.float32) -> tuple[Float
 class _BestAffine:
     """Keeps, group by group, the rounded scale and minimum with the smallest squared error."""
 
-    def __init__(self, weights: Floats, mean: Floats) -> None:
-        self._weights = weights
+    def __init__(self, weights: Floats, mean: Floats, counts: Floats | None) -> None:
+        self._weights, self._counts = weights, counts
         self._scratch = np.empty_like(weights)
         self._scale = np.zeros_like(mean)
         self._offset = _round_f16(mean) + np.float32(0)
         difference = weights - self._offset
-        self._error = _dot(difference, difference)
+        self._error = _dot(_times(difference, counts), difference)
 
     def offer(self, scale: Floats, offset: Floats) -> Floats:
         """Tries scales and minimums rounded to f16; returns the codes that they gave."""
@@ -331,7 +363,7 @@ class _BestAffine:
             difference = code * scale
             difference += offset
             difference -= self._weights
-        error = _dot(difference, difference)
+        error = _dot(_times(difference, self._counts), difference)
         better = error < self._error
         self._error[better] = error[better]
         self._scale[better], self._offset[better] = scale[better], offset[better]

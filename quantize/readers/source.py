@@ -462,8 +462,8 @@ class SourceTensor:
     def __repr__(self) -> str:
         return f"SourceTensor({self.name}, {self.dtype}, {list(self.shape)})"
 
-    def read(self, rows: slice | None = None) -> NDArray[np.float32]:
-        """Values as float32 [N, K], or [N] for a vector, C-contiguous and writable; `rows` takes a part of the rows.
+    def read(self, rows: slice | Index | None = None) -> NDArray[np.float32]:
+        """Values as float32 [N, K], or [N] for a vector, C-contiguous and writable; `rows` takes some of them.
 
         Raises ModelFormatError when values are not finite, naming the tensor and how many.
         """
@@ -479,8 +479,8 @@ class SourceTensor:
         self._refuse(bad, out.size, "values")
         return out
 
-    def read_packed(self, rows: slice | None = None) -> Packed:
-        """Codes, scales and offsets of `grid`, exactly as the source has them; `rows` takes a part of the rows.
+    def read_packed(self, rows: slice | Index | None = None) -> Packed:
+        """Codes, scales and offsets of `grid`, exactly as the source has them; `rows` takes some of them.
 
         Raises ModelFormatError when scales, offsets or dense values are not finite; ValueError without a grid.
         """
@@ -500,7 +500,7 @@ class SourceTensor:
         """Lets go of what is in memory of mapped files."""
         self._rows.release()
 
-    def _index(self, rows: slice | None) -> Index:
+    def _index(self, rows: slice | Index | None) -> Index:
         index = np.arange(self.shape[0]) if self._row_order is None else self._row_order
         return index if rows is None else index[rows]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllama.rope import inv_freq
+from pyllama.common.rope import inv_freq
 
 transformers = pytest.importorskip("transformers")
 rope_utils = pytest.importorskip("transformers.modeling_rope_utils")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .common.errors import ModelFormatError
-from .common.reader import shown
+from .errors import ModelFormatError
+from .reader import shown
 
 
 def inv_freq(config: Mapping[str, Any], n_ctx: int | None = None) -> tuple[NDArray[np.float32], float]:
