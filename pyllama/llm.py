@@ -237,7 +237,10 @@ class LLM:
 
         check_messages(messages)
         if self._chat_template is None:
-            raise PyllamaError(f"{self.path}: the model has no chat template; use generate() with a prompt of your own")
+            raise PyllamaError(
+                f"{self.path}: the model has no chat template; use generate() with a prompt of your own, or if it was"
+                " tuned for conversations, put its template there as chat_template.jinja"
+            )
         return self._chat_template
 
     # -------------------------------------------------------------------------------- numbers

@@ -115,7 +115,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     named = {make.hf_name(name): values for name, values in WEIGHTS.items()}
     (folder / "pytorch_model.bin").write_bytes(torch_file(named).bytes())
     folder = finish(
-        write_meta_folder(home / "meta-ranks", meta_params(rows), meta_shards(rows, make.random_weights(rows))), ""
+        write_meta_folder(
+            home / "meta-ranks-instruct", meta_params(rows), meta_shards(rows, make.random_weights(rows))
+        ),
+        "",
     )
     (folder / "tokenizer.model").write_bytes(ranks_file(BYTES))
     pieces = make.Shape(vocab_size=900)
@@ -149,7 +152,7 @@ def test_every_source_is_loaded_quietly(checkpoints: Path) -> None:
     assert done.returncode == 0, done.stderr
     *said, marks, imported, seen = done.stdout.splitlines()
     chats = {"meta-pieces": "the model has no chat template;", "split": "the model has no chat template;"}
-    chats["meta-ranks"] = "True True"  # its template is ours
+    chats["meta-ranks-instruct"] = "True True"  # its template is ours
     for path, line in zip(paths, said, strict=True):
         assert line.startswith(f"{path.name} True {chats.get(path.name, 'True chat_template: failed on')}"), line
     assert marks == "[]" and imported == "[]"

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyllama.chat_template import ChatTemplate
+from pyllama.common.named_templates import NAMED_TEMPLATES
 from pyllama.tokenizer import Tokenizer
 from quantize import convert
 from quantize.readers import open_source
@@ -65,7 +66,9 @@ def test_a_folder_of_metas_with_ranks(tmp_path: Path) -> None:
     tokens = BYTES + [b"th", b"the", b" the", "é".encode(), b"\xf0\x9f"]
     shape = make.Shape(vocab_size=len(tokens) + 16)
     params = meta_params(shape, vocab_size=shape.vocab_size, use_scaled_rope=True)
-    folder = write_meta_folder(tmp_path / "meta", params, meta_shards(shape, make.random_weights(shape)))
+    folder = tmp_path / "Llama3.1-8B-Instruct" / "original"
+    folder.parent.mkdir()
+    write_meta_folder(folder, params, meta_shards(shape, make.random_weights(shape)))
     (folder / VOCABULARY).write_bytes(ranks_file(tokens))
     config = open_source(folder).config
     begin = len(tokens)
@@ -83,6 +86,33 @@ def test_a_folder_of_metas_with_ranks(tmp_path: Path) -> None:
     rendered = template.render([{"role": "user", "content": "Hi"}], True)
     expected = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     assert rendered == expected + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "template"),
+    [
+        ("Meta-Llama-3-8B-Instruct", True, "llama-3"),
+        ("Meta-Llama-3-8B", True, None),
+        ("Llama-Guard-3-8B", True, None),
+        ("llama-2-7b-chat", False, "llama-2"),
+        ("llama-2-7b", False, None),
+        ("CodeLlama-70b-Instruct", False, None),  # which has a format of its own
+        ("chat/7B", False, None),
+    ],
+)
+def test_who_chats(name: str, ranks: bool, template: str | None, tmp_path: Path) -> None:
+    """Nothing but the name says whether a model was tuned for conversations; a template beside it goes first."""
+    shape = make.Shape(vocab_size=300)
+    folder = tmp_path / name
+    folder.parent.mkdir(exist_ok=True)
+    write_meta_folder(folder, meta_params(shape), meta_shards(shape, make.random_weights(shape)))
+    (folder / VOCABULARY).write_bytes(ranks_file(BYTES) if ranks else b"\n\x0e\n\x05<unk>")
+    source = open_source(folder)
+    expected = None if template is None else NAMED_TEMPLATES[template].encode()
+    assert source.tokenizer_files().get("chat_template.jinja") == expected
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    again = open_source(folder)
+    assert again.tokenizer_files()["chat_template.jinja"] == b"{{ messages }}" and again.identity != source.identity
 
 
 def test_a_folder_of_metas_with_a_sentencepiece_model_above_it(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.named_templates import NAMED_TEMPLATES
 from pyllama.common.reader import BoundedFile, read_bytes, read_json, shown
 
 from ..binding import bind
@@ -31,7 +32,7 @@ from .torch_file import archive_name, read_torch
 
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 PARAMS = "params.json"
-VOCABULARY, HF_VOCABULARY = "tokenizer.model", "tokenizer.json"
+VOCABULARY, HF_VOCABULARY, TEMPLATE = "tokenizer.model", "tokenizer.json", "chat_template.jinja"
 MAX_VOCABULARY_BYTES = 1 << 24
 
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
@@ -64,11 +65,10 @@ def open_meta(folder: Path) -> Source:
     family = find_family("meta", "llama", None, str(params_path))
     config = _config(params, stored, tied, str(params_path))
     tensors = bind(family, config, stored, str(folder))
-    vocabulary = _find_vocabulary(folder)
-    tokenizer = _Tokenizer(vocabulary, config["vocab_size"], calls_tools=config["rope_scaling"] is not None)
+    tokenizer = _Tokenizer(folder, config["vocab_size"], calls_tools=config["rope_scaling"] is not None)
     config["bos_token_id"], config["eos_token_ids"] = tokenizer.begin_and_ends()
     used = [params_path, *paths, *tokenizer.paths]
-    identity = identity_of("meta", name_of(folder), used)
+    identity = identity_of("meta", _model_name(folder), used)
     return Source("meta", config, tensors, {}, identity, tokenizer.files, "llama")
 
 
@@ -282,13 +282,25 @@ def _find_vocabulary(folder: Path) -> Path | None:
     return None
 
 
-class _Tokenizer:
-    """What a vocabulary says; read when asked."""
+def _model_name(folder: Path) -> str:
+    """The folder's name, or where Meta's files lie within a Hugging Face repository, that one's."""
+    here = Path(os.path.abspath(folder))
+    return name_of(here.parent if here.name == "original" else here)
 
-    def __init__(self, path: Path | None, vocab_size: int, *, calls_tools: bool) -> None:
-        self._path = path
+
+class _Tokenizer:
+    """What a vocabulary says; read when asked.
+
+    No file of Meta's says whether a model was tuned for conversations, and one that was not must not be taken for one
+    that was: it has a chat template only where its name says so, or where somebody put chat_template.jinja beside it.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, *, calls_tools: bool) -> None:
+        self._path = path = _find_vocabulary(folder)
+        self._name = _model_name(folder)
         self._ranks: TiktokenVocabulary | None = None
-        self.paths = [] if path is None else [path]
+        self._template = folder / TEMPLATE
+        self.paths = [found for found in (path, self._template) if found is not None and found.is_file()]
         if path is not None and path.name == HF_VOCABULARY:
             self.paths = [path.parent / name for name in TOKENIZER_FILES if (path.parent / name).exists()]
         if path is None or path.name == HF_VOCABULARY:
@@ -312,11 +324,14 @@ class _Tokenizer:
         if self._path.name == HF_VOCABULARY:
             return tokenizer_files(self._path.parent)
         if self._ranks is not None:
-            return self._ranks.files()
-        return {
-            VOCABULARY: read_bytes(self._path, MAX_VOCABULARY_BYTES, "vocabulary"),
-            "tokenizer_config.json": _CONFIG,
-        }
+            files, chat = self._ranks.files(), _CHATS_3
+        else:
+            vocabulary = read_bytes(self._path, MAX_VOCABULARY_BYTES, "vocabulary")
+            files, chat = {VOCABULARY: vocabulary, "tokenizer_config.json": _CONFIG}, _CHATS_2
+        if self._template.is_file():
+            return files | {TEMPLATE: read_bytes(self._template, TOKENIZER_FILES[TEMPLATE], "chat template")}
+        pattern, template = chat
+        return files | ({TEMPLATE: NAMED_TEMPLATES[template].encode()} if pattern.search(self._name) else {})
 
 
 # The blank in front of text behind a control token is Meta's rule, and sentencepiece's own.
@@ -324,3 +339,6 @@ _CONFIG = (
     b'{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",'
     b' "add_bos_token": true, "add_eos_token": false, "legacy": true}'
 )
+# What models tuned for conversations are called, and their template, by the kind of vocabulary.
+_CHATS_3 = re.compile("instruct|chat", re.IGNORECASE), "llama-3"
+_CHATS_2 = re.compile(r"llama-?2.*chat", re.IGNORECASE), "llama-2"

@@ -3,8 +3,8 @@
 The file has a line for each token: its bytes in base64, and its rank. tiktoken joins whatever neighbours give the token
 of lowest rank; byte-level BPE as tokenizer.json has it follows a list of pairs. The two agree when each token's pair is
 the last one that joining finds on the way to that token alone, and the pairs stand in the order of the ranks. The rule
-that cuts words, the special tokens and the chat format are Llama 3's, which the file does not carry. Pure data in and
-out; nothing is opened here.
+that cuts words and the special tokens are Llama 3's, which the file does not carry. Pure data in and out; nothing is
+opened here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import re
 from typing import Any
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.named_templates import NAMED_TEMPLATES
 from pyllama.common.reader import shown
 
 from .byte_level_bpe import PRE_TOKENIZERS, to_json, tokenizer_json
@@ -97,7 +96,6 @@ class TiktokenVocabulary:
             "add_bos_token": True,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
-            "chat_template": NAMED_TEMPLATES["llama-3"],
         }
 
 
