@@ -215,11 +215,14 @@ def work(options: argparse.Namespace, all_targets: dict[str, targets.Target], ou
     warnings.simplefilter("error", RuntimeWarning)  # numpy's, which nobody who opens a file should see
     fuzzer = Fuzzer(all_targets, out, seed)
     fuzzer.replay()
-    parent = os.getppid()
-    while sum(fuzzer.runs.values()) < options.runs if options.runs else time.monotonic() < end:
-        fuzzer.step(evenly=bool(options.runs))
-        if os.getppid() != parent:  # which was killed
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda which, frame: stopped.append(which))
+    parent = os.getppid()  # a worker whose parent was killed stops too
+    while not stopped and os.getppid() == parent:
+        if sum(fuzzer.runs.values()) >= options.runs if options.runs else time.monotonic() >= end:
             break
+        fuzzer.step(evenly=bool(options.runs))
     if options.keep:
         fuzzer.keep()
     if options.table:
@@ -250,7 +253,7 @@ def main() -> int:
         base, out = Path(folder), Path(folder) / "out"
         out.mkdir()
         all_targets = targets.build(base)
-        mutate.words[:] = sorted(branches.words)
+        mutate.words[:] = sorted(word for word in branches.words if word.isprintable())
         if options.only:
             if strange := set(options.only) - all_targets.keys():
                 parser.error(f"no target is called {' or '.join(sorted(strange))}; there are {' '.join(all_targets)}")
@@ -274,6 +277,7 @@ def supervise(options: argparse.Namespace, all_targets: dict[str, targets.Target
             sys.stdout.flush()
             _errors.flush()
             os._exit(code)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the child gets too, and then reports
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status >= 0:
             return status or failed

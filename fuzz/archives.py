@@ -86,7 +86,7 @@ def gguf(content: bytes, rng: random.Random) -> bytes:
 def _block_bytes(kind: int, dims: Sequence[int]) -> int:
     name = next((name for name, number in make.TYPE_IDS.items() if number == kind), "F32")
     weights, size, _ = make.BLOCKS.get(name, (1, {"F64": 8, "F32": 4}.get(name, 2), ()))
-    return mutate.sized(dims, size) // weights
+    return mutate.sized(dims, 1) // weights * size
 
 
 def _entry(key: bytes, kind: int, value: Any) -> bytes:
@@ -94,7 +94,8 @@ def _entry(key: bytes, kind: int, value: Any) -> bytes:
 
 
 def _change_entry(entries: list[list[Any]], rng: random.Random) -> None:
-    entry = rng.choice(entries)
+    lists = [entry for entry in entries if entry[1] == make.ARRAY]
+    entry = rng.choice(lists if lists and rng.random() < 0.4 else entries)
     match rng.randrange(8):
         case 0:
             entries.remove(entry)

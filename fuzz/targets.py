@@ -103,10 +103,14 @@ def sound(folder: Path) -> None:
 
 
 def open_own(path: Path) -> None:
-    try:
-        load_folder(path, settle_s=0.0)
-    finally:
-        verify(path)
+    refused = []
+    for check in (lambda: load_folder(path, settle_s=0.0), lambda: verify(path)):
+        try:
+            check()
+        except ModelFormatError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
 
 
 def run_it(path: Path, out: Path) -> None:

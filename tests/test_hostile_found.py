@@ -83,3 +83,12 @@ def test_a_template_whose_name_is_a_list(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", {"tokenizer_config.json": {"chat_template": named}})
     with pytest.raises(ModelFormatError, match=r"no template named default, only ..tool_use"):
         ChatTemplate.from_folder(folder)
+
+
+def test_text_that_a_vocabulary_has_no_token_for(tmp_path: Path) -> None:
+    """The library notices a missing unk_token when it is needed."""
+    document = json.loads(make.small_tokenizer_json())
+    document["model"]["unk_token"] = "<none>"
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path / "m", {"tokenizer.json": document}))
+    with pytest.raises(ModelFormatError, match=r"tokenizer.json: the tokenizers library cannot encode 'b'"):
+        tokenizer.encode("b")

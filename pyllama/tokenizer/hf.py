@@ -90,8 +90,7 @@ class HfBackend:
             self._control_text is not None and self._control_text.search(text) is not None
         )
         tokenizer = self._plain_tokenizer() if needs_plain and not parse_special else self._tokenizer
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special and self.adds_itself).ids
-        return ids
+        return self._ids(tokenizer, text, add_special and self.adds_itself)
 
     def encode_around(self, text: str, spans: list[tuple[int, int]]) -> list[int]:
         tokenizer = self._plain_tokenizer()
@@ -99,8 +98,15 @@ class HfBackend:
         for start, end in spans:
             parts += [text[position:start], self._standins[text[start:end]]]
             position = end
-        ids = tokenizer.encode("".join([*parts, text[position:]]), add_special_tokens=False).ids
+        ids = self._ids(tokenizer, "".join([*parts, text[position:]]), False)
         return [self._standin_ids.get(i, i) for i in ids]
+
+    def _ids(self, tokenizer: tokenizers.Tokenizer, text: str, add_special: bool) -> list[int]:
+        try:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special).ids
+        except BaseException as error:
+            raise _refusal(error, f"{self._path}: the tokenizers library cannot encode {shown(text, 40)}") from None
+        return ids
 
     def _plain_tokenizer(self) -> tokenizers.Tokenizer:
         """The same vocabulary, blind to control tokens; in their place it knows stand-ins that nobody can type."""
@@ -135,10 +141,14 @@ def _from_json(text: str, path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
-        # A panic of the library's is no Exception; anything that is neither (Ctrl-C) must pass.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ModelFormatError(f"{path}: the tokenizers library cannot open it: {error}") from None
-        raise
+        raise _refusal(error, f"{path}: the tokenizers library cannot open it") from None
+
+
+def _refusal(error: BaseException, what: str) -> BaseException:
+    """What to raise for an error of the library's; its panics are no Exceptions. What is neither (Ctrl-C) must pass."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return ModelFormatError(f"{what}: {str(error)[:300]}")
+    return error
 
 
 def _declared_decoder(tokenizer: tokenizers.Tokenizer) -> Any:
