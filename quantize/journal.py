@@ -34,11 +34,13 @@ class Journal:
             try:
                 if fcntl is not None:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 self._close()
                 raise QuantizeError(
                     f"{out}: is being written by another process; wait for it, or choose another output"
                 ) from None
+            except OSError:
+                pass  # a file system without locks, as of some networks
             if self._is_current():
                 return
             self._close()  # its holder has removed it meanwhile
@@ -61,16 +63,20 @@ class Journal:
             if not entries:
                 return "", {}
             return str(entries[0]["conversion"]), {str(e["tensor"]): str(e["sha256"]) for e in entries[1:]}
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return "", {}
 
-    def begin(self, conversion: str, finished: dict[str, str]) -> None:
-        """Forgets what was there and names the conversion."""
+    def forget(self) -> None:
+        """Nothing is begun."""
         os.ftruncate(self._fd, 0)
+
+    def begin(self, conversion: str, finished: dict[str, str]) -> None:
+        """Names the conversion; of one that goes on the first lines stay as they are, whenever this is cut short."""
         os.lseek(self._fd, 0, os.SEEK_SET)
         self._write({"conversion": conversion})
         for name, sha256 in finished.items():
             self.add(name, sha256)
+        os.ftruncate(self._fd, os.lseek(self._fd, 0, os.SEEK_CUR))
 
     def add(self, name: str, sha256: str) -> None:
         """A tensor is finished."""

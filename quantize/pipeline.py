@@ -291,4 +291,4 @@ def parse_size(text: str) -> int:
     if found is None or (found[3] and not found[2]):
         raise ValueError(f"{text!r} is no size, expected one like 4GB or 512MiB")
     unit = (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")
-    return int(float(found[1]) * unit)
+    return int(min(float(found[1]) * unit, 2.0**63))

@@ -98,6 +98,7 @@ class FolderWriter:
         self._journal: Journal | None = None
         self._checksums: dict[str, str] = {}
         self._tensor: _Tensor | None = None
+        self._begun = True  # as far as is known, by this run or a former one
         self._done = False
         self._fd = -1
         self._pending = bytearray()  # the end of the file so far, less than a huge page
@@ -108,39 +109,53 @@ class FolderWriter:
         return list(self._checksums)
 
     def __enter__(self) -> FolderWriter:
-        with _explained(self._out):
+        with self._explained():
             try:
                 self._journal = Journal(self._out.with_name(f".{self._out.name}.journal"), self._out)
                 self._recover()
                 if not (self._resume and self._reopen()):
                     self._begin()
             except BaseException:
-                self._discard()
+                self._leave()
                 raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._resume and not self._done:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Without `finish`: with `resume` what was begun stays, be it by this run or by a former one."""
+        if self._resume and self._begun and not self._done:
             self._keep()
         self._discard()
 
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return _explained(self._out, "What is done is kept for --resume" if self._resume else "Nothing was left there")
+
     def _recover(self) -> None:
         """After a death between two renames, brings the old output back."""
-        if os.path.lexists(self._replaced) and not self._out.exists():
+        if not self._out.exists() and is_model_folder(self._replaced) and _is_all_ours(self._replaced):
             os.rename(self._replaced, self._out)
+            check_output(self._out, overwrite=self._overwrite)
 
     def _begin(self) -> None:
         assert self._journal is not None
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._checksums = {}
+        self._begun = False
+        self._journal.forget()
+        _remove(self._partial)
+        if os.path.lexists(self._partial):
+            raise QuantizeError(
+                f"{self._partial}: is in the way, and quantize did not write it; move it, or choose another output"
+            )
         self._partial.mkdir()
         self._check_space(len(self._header) + sum(spec.payload_bytes for spec in self._specs))
         for name, data in self._files.items():
             self._write_file(name, data)
         self._fd = _create(self._partial / WEIGHTS_FILE)
         self._journal.begin(self._conversion, {})
+        self._begun = True
         self._append(memoryview(self._header))
 
     # ---- going on -----------------------------------------------------------------------------------------------
@@ -150,7 +165,7 @@ class FolderWriter:
         assert self._journal is not None
         conversion, known = self._journal.read()
         path = self._partial / WEIGHTS_FILE
-        if not conversion or not path.is_file() or path.is_symlink():
+        if not conversion or not path.is_file() or path.is_symlink() or not _is_all_ours(self._partial):
             return False
         if conversion != self._conversion:
             raise QuantizeError(
@@ -206,7 +221,7 @@ class FolderWriter:
             raise ValueError(f"{spec.name} {spec.format}, expected {expected.name} {expected.format}")
         if self._tensor is None:
             self._tensor = _Tensor(spec, self._append)
-        with _explained(self._out):
+        with self._explained():
             if not self._tensor.add(n_rows, np.ascontiguousarray(payload)):
                 return
             self._checksums[spec.name] = self._tensor.sha256()
@@ -249,7 +264,7 @@ class FolderWriter:
         """Writes the checksums, makes everything durable, reads it back and puts the folder in its place."""
         if len(self._checksums) != len(self._specs):
             raise ValueError(f"{len(self._checksums)} of {len(self._specs)} tensors were written")
-        with _explained(self._out):
+        with self._explained():
             _write_all(self._fd, self._pending)
             self._pending = bytearray()
             os.lseek(self._fd, 0, os.SEEK_SET)
@@ -289,7 +304,7 @@ class FolderWriter:
             return
         try:
             if self._out.exists():
-                shutil.rmtree(self._replaced, ignore_errors=True)
+                _remove(self._replaced)
                 os.rename(self._out, self._replaced)
             os.rename(self._partial, self._out)
             _sync_folder(self._out.parent)
@@ -325,9 +340,9 @@ class FolderWriter:
         self._close()
         if self._journal is None:
             return
-        shutil.rmtree(self._partial, ignore_errors=True)
+        _remove(self._partial)
         if self._out.exists():
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            _remove(self._replaced)
         self._journal.release(remove=True)
         self._journal = None
 
@@ -392,7 +407,7 @@ def clear(out: Path) -> None:
     """Removes what a run that died after its last step has left beside `out`."""
     with _explained(out):
         journal = Journal(out.with_name(f".{out.name}.journal"), out)
-        shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
+        _remove(out.with_name(f".{out.name}.partial"))
         journal.release(remove=True)
 
 
@@ -401,9 +416,16 @@ def check_output(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
     `overwrite` replaces a folder that holds nothing but a model of ours; anything else is never deleted.
     """
-    path = Path(out).resolve()
+    path = Path(os.path.realpath(out))
+    with _explained(path):
+        return _checked_output(path, overwrite)
+
+
+def _checked_output(path: Path, overwrite: bool) -> Path:
     if not path.parent.is_dir():
         raise QuantizeError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if path.is_symlink():
+        raise QuantizeError(f"{path}: is a link that leads back to itself; choose another output")
     if not path.exists():
         return path
     if not path.is_dir():
@@ -428,8 +450,22 @@ def _is_ours(name: str) -> bool:
     return name in (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
 
 
+def _is_all_ours(path: Path) -> bool:
+    """Whether `path` is a folder, itself and no link to one, that holds nothing but what is written here."""
+    try:
+        return not path.is_symlink() and all(_is_ours(entry.name) for entry in path.iterdir())
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder of ours, whole or half-written; what somebody else has put at that name stays."""
+    if _is_all_ours(path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def _explained(out: Path) -> Iterator[None]:
+def _explained(out: Path, left: str = "Nothing was left there") -> Iterator[None]:
     """Turns a failure of the file system into one line that says what to do."""
     try:
         yield
@@ -441,7 +477,7 @@ def _explained(out: Path) -> Iterator[None]:
             errno.EFBIG: "files may not grow that large there; lift the limit (ulimit -f) or choose another output",
             errno.EROFS: "the file system is read-only; choose another output",
         }.get(error.errno or 0, error.strerror or str(error))
-        raise QuantizeError(f"{out}: cannot be written: {advice}. Nothing was left there") from error
+        raise QuantizeError(f"{out}: cannot be written: {advice}. {left}") from error
 
 
 def _create(path: Path) -> int:
@@ -487,10 +523,9 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError:  # some network file systems cannot; the files themselves are durable
-        pass
-    finally:
-        os.close(fd)
+    with contextlib.suppress(OSError):  # some network file systems cannot; the files themselves are durable
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

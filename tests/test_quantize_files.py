@@ -222,6 +222,11 @@ def test_outputs_that_cannot_be(source: Path, place: Path) -> None:
         convert(source, place / "file", overwrite=True)
     with pytest.raises(QuantizeError, match=r"the folder .*missing does not exist; make it first"):
         convert(source, place / "missing" / "model")
+    (place / "loop").symlink_to(place / "loop")
+    with pytest.raises(QuantizeError, match="loop: is a link that leads back to itself"):
+        convert(source, place / "loop")
+    with pytest.raises(QuantizeError, match="cannot be written: File name too long"):
+        convert(source, place / ("x" * 300))
     assert (place / "file").read_text() == "precious"
 
 

@@ -5,6 +5,7 @@ Exceptions at any moment are in test_quantize_files.py; 200 kills are `make chec
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -110,10 +111,69 @@ def test_what_the_journal_claims_is_compared_with_the_bytes(source: Path, whole:
 def test_another_conversion_is_not_gone_on_with(source: Path, place: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, place / "model", format=FORMAT, resume=True, progress=stopped_at("norm"))
+    before = listing(place / ".model.partial")
     with pytest.raises(QuantizeError, match="had another source or other options; repeat those, or start anew without"):
         convert(source, place / "model", format="q8", resume=True)
+    assert listing(place / ".model.partial") == before and names(place) == [".model.journal", ".model.partial"]
     verify(convert(source, place / "model", format="q8"))
     assert names(place) == ["model"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "ftruncate", "lseek", "pread"])
+def test_going_on_that_fails_loses_nothing(
+    call: str, source: Path, whole: dict[str, bytes], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, place / "model", format=FORMAT, resume=True, progress=stopped_at("layers.0.w_down"))
+    real = getattr(os, call)
+    for at in range(1, 99):
+        calls = [0]
+
+        def failing(*arguments: Any, calls: list[int] = calls, at: int = at) -> Any:
+            here = str(place) in os.readlink(f"/proc/self/fd/{arguments[0]}")
+            calls[0] += here
+            if here and calls[0] == at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises((QuantizeError, KeyboardInterrupt)) as stopped:
+            patch.setattr(os, call, failing)
+            convert(source, place / "model", format=FORMAT, resume=True, progress=stopped_at("norm"))
+        assert names(place) == [".model.journal", ".model.partial"], at
+        if stopped.type is KeyboardInterrupt:
+            break
+        assert "the disk is full" in str(stopped.value) and "What is done is kept for --resume" in str(stopped.value)
+    assert at > 1 and listing(convert(source, place / "model", format=FORMAT, resume=True)) == whole
+
+
+def test_a_journal_of_brackets(source: Path, whole: dict[str, bytes], place: Path) -> None:
+    (place / ".model.journal").write_bytes(b"[" * 200_000 + b"\n")
+    assert listing(convert(source, place / "model", format=FORMAT, resume=True)) == whole
+
+
+def test_a_file_system_without_locks(
+    source: Path, whole: dict[str, bytes], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("quantize.journal.fcntl.flock", flock)
+    assert listing(convert(source, place / "model", format=FORMAT)) == whole
+
+
+@pytest.mark.parametrize("beside", [".model.old", ".model.partial"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_strangers_folder_beside_the_output(beside: str, existing: bool, source: Path, place: Path) -> None:
+    if existing:
+        convert(source, place / "model", format="q8")
+    (place / beside).mkdir()
+    (place / beside / "thesis.txt").write_text("precious")
+    if beside == ".model.old":
+        verify(convert(source, place / "model", format=FORMAT, overwrite=existing))
+    else:
+        with pytest.raises(QuantizeError, match="is in the way, and quantize did not write it"):
+            convert(source, place / "model", format=FORMAT, overwrite=existing)
+    assert (place / beside / "thesis.txt").read_text() == "precious" and ".model.journal" not in names(place)
 
 
 def test_resuming_what_is_done_changes_nothing(source: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,8 +196,8 @@ def test_the_left_overs_of_a_dead_run_are_replaced(source: Path, whole: dict[str
 def test_a_death_between_two_renames(source: Path, whole: dict[str, bytes], place: Path) -> None:
     convert(source, place / "model", format=FORMAT)
     (place / "model").rename(place / ".model.old")
-    with pytest.raises(QuantizeError, match="exists already"):
-        convert(source, place / "model", format="q8")
+    with pytest.raises(QuantizeError, match="exists already"):  # at once, not after the long part
+        convert(source, place / "model", format="q8", progress=lambda step: pytest.fail("began"))
     assert listing(place / "model") == whole
 
 
@@ -246,6 +306,10 @@ def test_too_little_memory_says_what_is_needed(
     assert needed and names(place) == [] and said.count("\n") == 1
     enough = (int(needed[1]) + 40) * 10**6  # a little more: this process grows meanwhile
     assert listing(convert(source, place / "model", format=FORMAT, max_memory=enough)) == whole
+
+
+def test_a_size_beyond_all_numbers() -> None:
+    assert parse_size("9" * 400) == 1 << 63
 
 
 def test_resident_bytes_sees_memory() -> None:
