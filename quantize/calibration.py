@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllama.common.errors import QuantizeError
-from pyllama.common.formats import ALIGN, TILE_ROWS, TensorSpec, dense, dequantize, pack_rows, round_up
+from pyllama.common.formats import ALIGN, TensorSpec, dense, dequantize
 from pyllama.common.model_folder import expected_tensors
 from pyllama.common.rope import inv_freq
 
@@ -54,34 +54,28 @@ def bytes_needed(plan: Plan) -> int:
     """What calibration keeps in memory at most, beside the blocks that are being converted; 0 for a plan without."""
     if plan.calibration is None:
         return 0
-    config, gram = plan.source.config, METHODS[plan.method].needs in ("gram", "drift")
+    config, gram = plan.source.config, METHODS[plan.method].needs == "gram"
     q_dim = config["n_heads"] * config["head_dim"]
     widest: int = max(config["dim"], q_dim, config["hidden_dim"])
     texts = (plan.calibration.tokens + TEXT_TOKENS) * 4
     layer = sum(item.spec.payload_bytes for item in plan.tensors if item.spec.name.startswith("layers.0."))
     sums = 4 * widest * widest * 6 if gram else 0  # the sums, a chunk's share of them, and what a method makes of them
-    if METHODS[plan.method].needs == "drift":
-        texts, layer, sums = 2 * texts, 4 * layer, sums + 4 * widest * (2 * widest + config["dim"])
     step = 4 * TEXT_TOKENS * (4 * config["dim"] + 3 * q_dim + 5 * config["hidden_dim"])
     needed: int = texts * (config["dim"] + widest) + 4 * _CHUNK_TOK * 2 * widest + 2 * layer + sums + step
     return needed
 
 
-def gather(rows: Iterable[Floats], width: int, needs: str, exact: Iterable[Floats] | None = None) -> Statistics:
-    """Statistics of an input that comes in pieces [n, width]; exact: what they would be without loss."""
+def gather(rows: Iterable[Floats], width: int, needs: str) -> Statistics:
+    """Statistics of an input that comes in pieces [n, width]."""
     n, squares = 0, np.zeros(width)
-    gram = np.zeros((width, width), np.float32) if needs in ("gram", "drift") else None
-    drift = np.zeros((width, width), np.float32) if needs == "drift" else None
-    others: Iterator[Floats] = iter(()) if exact is None else iter(exact)
+    gram = np.zeros((width, width), np.float32) if needs == "gram" else None
     for piece in rows:
         n += len(piece)
         for first in range(0, len(piece), _SUM_ROWS):
             squares += np.square(piece[first : first + _SUM_ROWS], dtype=np.float64).sum(axis=0)
         if gram is not None:
             gram += piece.T @ piece
-        if drift is not None:
-            drift += (next(others) - piece).T @ piece
-    return Statistics(n, squares, gram, drift)
+    return Statistics(n, squares, gram)
 
 
 class HiddenStates:
@@ -111,13 +105,6 @@ class HiddenStates:
         """What the last `attend` or `feed` made, in pieces."""
         for rows, _ in self._chunks:
             yield self._inner[rows]
-
-    def apart(self, other: HiddenStates, width: int) -> Floats:
-        """[dim, width] Σ (x' − x)·innerᵀ, where x' is the other's."""
-        total = np.zeros((self.x.shape[1], width), np.float32)
-        for rows, _ in self._chunks:
-            total += (other.x[rows] - self.x[rows]).T @ self._inner[rows]
-        return total
 
     def attend(self, layer: int, weights: dict[str, Any]) -> None:
         """Attention up to what wo reads."""
@@ -159,16 +146,9 @@ class LayerByLayer:
         self._plan, self._convert, self._finished, self._read_back = plan, convert, set(finished), read_back
         self._needs = METHODS[plan.method].needs
         items = {item.spec.name: item for item in plan.tensors}
+        x = _embedded(items["tok_embeddings"], texts, np.float32(plan.source.config.get("embedding_scale") or 1))
+        self._states = HiddenStates(plan.source.config, x, texts.lengths, threads)
         self._head = "tok_embeddings" if plan.source.config["tied_embeddings"] else "output"
-
-        def start(exact: bool) -> HiddenStates:
-            scale = np.float32(plan.source.config.get("embedding_scale") or 1)
-            x = _embedded(items["tok_embeddings"], texts, scale, exact)
-            return HiddenStates(plan.source.config, x, texts.lengths, threads)
-
-        self._states = start(exact=False)
-        # What would be without loss, but for that of 8 bits, by which no method is led astray.
-        self._exact = start(exact=True) if self._needs == "drift" else None
 
     def blocks(self) -> Generator[Block, None, None]:
         """All blocks that are not finished, in the plan's order."""
@@ -182,41 +162,44 @@ class LayerByLayer:
                     norm = _weight(item.spec, (yield from self._whole(item, None)))
                 elif item.spec.name not in self._finished:
                     wanted = item.spec.name == self._head and self._is_open(item)
-                    yield from self._convert([item], self._head_statistics(norm) if wanted else None)
-
-    def _head_statistics(self, norm: Any) -> Statistics:
-        exact = self._exact.normed(norm) if self._exact else None
-        return gather(self._states.normed(norm), self._states.x.shape[1], self._needs, exact)
+                    yield from self._convert(
+                        [item], self._gather(self._states.normed(norm), "norm") if wanted else None
+                    )
 
     def _layer(self, layer: int, items: Sequence[Planned]) -> Generator[Block, None, None]:
         weights: dict[str, Any] = {}
-        exact: dict[str, Any] = {}
         stage, statistics = -1, None
         for item in items:
-            role = _role(item)
+            role = item.spec.name.rpartition(".")[2]
             if _STAGES.get(role, stage) != stage:
                 stage = _STAGES[role]
-                inputs = _advance(self._states, stage, layer, weights)
-                exact_inputs = _advance(self._exact, stage, layer, exact) if self._exact else None
+                inputs = self._advance(stage, layer, weights)
                 wanted = any(_STAGES.get(_role(other)) == stage and self._is_open(other) for other in items)
-                statistics = self._gather(inputs, exact_inputs, role) if wanted else None
+                statistics = self._gather(inputs, role) if wanted else None
             weights[role] = _weight(item.spec, (yield from self._whole(item, statistics)))
-            if self._exact:
-                exact[role] = _in_8_bits(item) if item.how == "quantize" else weights[role]
         self._states.add(weights["w_down"])
-        if self._exact:
-            self._exact.add(exact["w_down"])
+
+    def _advance(self, stage: int, layer: int, weights: dict[str, Any]) -> Iterator[Floats]:
+        """Brings the hidden states to a stage's input, and gives it."""
+        states = self._states
+        if stage == 0:
+            return states.normed(weights["attn_norm"])
+        if stage == 1:
+            states.attend(layer, _some(weights, _ATTENTION))
+            return states.inner()
+        if stage == 2:
+            states.add(weights["wo"])
+            return states.normed(weights["mlp_norm"])
+        states.feed(_some(weights, _MLP))
+        return states.inner()
 
     def _is_open(self, item: Planned) -> bool:
         return item.how == "quantize" and item.spec.name not in self._finished
 
-    def _gather(self, inputs: Iterator[Floats], exact: Iterator[Floats] | None, role: str) -> Statistics:
+    def _gather(self, inputs: Iterator[Floats], role: str) -> Statistics:
         config = self._plan.source.config
         widths = {"wo": config["n_heads"] * config["head_dim"], "w_down": config["hidden_dim"]}
-        statistics = gather(inputs, widths.get(role, config["dim"]), self._needs, exact)
-        if self._exact is None or role not in widths:
-            return statistics
-        return replace(statistics, residual=self._states.apart(self._exact, widths[role]))
+        return gather(inputs, widths.get(role, config["dim"]), self._needs)
 
     def _whole(self, item: Planned, statistics: Statistics | None) -> Generator[Block, None, Payload]:
         """Hands on a tensor's blocks; returns its payload."""
@@ -238,32 +221,6 @@ class LayerByLayer:
                 places[i] += section.nbytes
             first = rows.stop
         return payload
-
-
-def _advance(states: HiddenStates, stage: int, layer: int, weights: dict[str, Any]) -> Iterator[Floats]:
-    """Brings the hidden states to a stage's input, and gives it."""
-    if stage == 0:
-        return states.normed(weights["attn_norm"])
-    if stage == 1:
-        states.attend(layer, _some(weights, _ATTENTION))
-        return states.inner()
-    if stage == 2:
-        states.add(weights["wo"])
-        return states.normed(weights["mlp_norm"])
-    states.feed(_some(weights, _MLP))
-    return states.inner()
-
-
-def _in_8_bits(item: Planned) -> Any:
-    """A matrix with as little loss as the engine's integer products allow: in f32 they would take ten times as long."""
-    spec = TensorSpec(item.spec.name, "q8", item.spec.shape, group=32)
-    payload = _aligned(spec.payload_bytes)
-    step = round_up(max(1, (1 << 20) // spec.shape[1]), TILE_ROWS)
-    for first in range(0, spec.shape[0], step):
-        rows = slice(first, min(first + step, spec.shape[0]))
-        packed = METHODS["rtn"].quantize(item.source.read(rows), spec, None)
-        pack_rows(spec, payload, packed, first, kernels.tiles())
-    return _weight(spec, payload)
 
 
 def _role(item: Planned) -> str:
@@ -308,15 +265,12 @@ def _weight(spec: TensorSpec, payload: Payload) -> Any:
     )
 
 
-def _embedded(item: Planned, texts: Texts, scale: np.float32, exact: bool) -> Floats:
-    """x [n, dim] before the first layer, from embeddings as they will be stored (a tied matrix: as rtn would), or as
-    they are in the source.
-    """
+def _embedded(item: Planned, texts: Texts, scale: np.float32) -> Floats:
+    """x [n, dim] before the first layer, from embeddings as they will be stored (a tied matrix: as rtn would)."""
     ids, where = np.unique(np.concatenate(texts.ids), return_inverse=True)
     rows = np.empty((len(ids), item.spec.shape[1]), np.float32)
     for first in range(0, len(ids), _CHUNK_TOK):
-        some = ids[first : first + _CHUNK_TOK]
-        rows[first : first + _CHUNK_TOK] = item.source.read(some) if exact else _stored_values(item, some)
+        rows[first : first + _CHUNK_TOK] = _stored_values(item, ids[first : first + _CHUNK_TOK])
     x: Floats = rows[where]
     x *= scale
     return x

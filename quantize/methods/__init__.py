@@ -23,8 +23,7 @@ class Method:
 
     quantize: called on blocks of whole rows of a tensor, from several threads; rows are independent. The spec describes
     the whole tensor. Statistics are those of the tensor's input, and None for a method that needs none.
-    needs: of an input's statistics: "" nothing, "squares" the sums of its squares, "gram" those of its products too,
-    "drift" also those with what quantization has done to it so far (half as long again).
+    needs: of an input's statistics: "" nothing, "squares" the sums of its squares, "gram" those of its products too.
     Embeddings, whose input is no vector of numbers, are quantized by rtn where a method needs something.
     """
 

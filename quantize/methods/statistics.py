@@ -21,15 +21,12 @@ T = TypeVar("T")
 class Statistics:
     """Sums over the rows x [K] of a product's input, one per token of the calibration's texts.
 
-    What may be None is there where the method asks for it (`Method.needs`). x' are the rows that the model without
-    loss would have, r and r' what a product is added to, with loss and without. Nobody writes into the arrays.
+    gram is there where the method asks for it (`Method.needs`). Nobody writes into the arrays.
     """
 
     n: int  # rows
     square_sums: NDArray[np.float64]  # [K] Σ x²
     gram: NDArray[np.float32] | None = None  # [K, K] Σ x·xᵀ, symmetric, both triangles filled
-    drift: NDArray[np.float32] | None = None  # [K, K] Σ (x' − x)·xᵀ
-    residual: NDArray[np.float32] | None = None  # [N, K] Σ (r' − r)·xᵀ; of wo and w_down only
     _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
