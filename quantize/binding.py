@@ -6,7 +6,6 @@ put in order, what a family multiplies is multiplied. Nothing is read here but w
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.model_folder import LAYER_SHAPES, OPTIONAL, OUTER_SHAPES, shape_of
 from pyllama.common.reader import shown
 
 from .readers.source import Rows, Scaled, Slice, SourceTensor, Stored, is_zero
@@ -22,27 +22,6 @@ from .readers.source import Rows, Scaled, Slice, SourceTensor, Stored, is_zero
 if TYPE_CHECKING:
     from .families import Family
 
-# Shape of each tensor in fields of the canonical config; a product joins two of them.
-LAYER_SHAPES = {
-    "attn_norm": ("dim",),
-    "wq": ("n_heads*head_dim", "dim"),
-    "wk": ("n_kv_heads*head_dim", "dim"),
-    "wv": ("n_kv_heads*head_dim", "dim"),
-    "bq": ("n_heads*head_dim",),
-    "bk": ("n_kv_heads*head_dim",),
-    "bv": ("n_kv_heads*head_dim",),
-    "q_norm": ("head_dim",),
-    "k_norm": ("head_dim",),
-    "wo": ("dim", "n_heads*head_dim"),
-    "mlp_norm": ("dim",),
-    "w_gate": ("hidden_dim", "dim"),
-    "w_up": ("hidden_dim", "dim"),
-    "w_down": ("dim", "hidden_dim"),
-}
-OUTER_SHAPES = {"tok_embeddings": ("vocab_size", "dim"), "norm": ("dim",), "output": ("vocab_size", "dim")}
-BIASES = ("bq", "bk", "bv")
-HEAD_NORMS = ("q_norm", "k_norm")
-OPTIONAL = frozenset(BIASES + HEAD_NORMS)
 # What RoPE turns, and the field that says how many heads lie in it; a norm's weight serves them all.
 ROTATED = {"wq": "n_heads", "bq": "n_heads", "wk": "n_kv_heads", "bk": "n_kv_heads", "q_norm": "", "k_norm": ""}
 
@@ -82,7 +61,7 @@ def bind(
 
     def outer(name: str) -> None:
         sides = OUTER_SHAPES[name]
-        add(name, name, take(family.outer[name], name, _shape(config, sides), sides))
+        add(name, name, take(family.outer[name], name, shape_of(config, sides), sides))
 
     def layer(i: int) -> None:
         parts = [part for part in LAYER_SHAPES if part in family.layer and (part not in OPTIONAL or part in optional)]
@@ -92,7 +71,7 @@ def bind(
                 continue
             fused = next((group for group in family.fused if part in group), (part,))
             names, sides = ", ".join(fused), [side for one in fused for side in LAYER_SHAPES[one]]
-            shapes = [_shape(config, LAYER_SHAPES[one]) for one in fused]
+            shapes = [shape_of(config, LAYER_SHAPES[one]) for one in fused]
             shape = (sum(one[0] for one in shapes), *shapes[0][1:])
             whole = take(family.layer[part].format(i=i), f"layers.{i}.{names}", shape, sides)
             first = 0
@@ -125,10 +104,6 @@ def _alike(wanted: str, names: Iterable[str]) -> str:
     """Of a missing tensor: what a file saved from another class of the same model has in its place."""
     found = next((name for name in names if name.endswith("." + wanted) or wanted.endswith("." + name)), None)
     return "" if found is None else f"; it is there as {shown(found)}; was another class of the model saved?"
-
-
-def _shape(config: Mapping[str, Any], sides: Sequence[str]) -> tuple[int, ...]:
-    return tuple(math.prod(config[name] for name in side.split("*")) for side in sides)
 
 
 def _wrong_shape(

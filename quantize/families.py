@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.model_folder import BIASES, HEAD_NORMS
 from pyllama.common.reader import shown
 
-from .binding import BIASES, HEAD_NORMS
 from .fields import Fields, Window, window_of_all, window_of_some
 
 

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.model_folder import check_config
+from pyllama.common.model_folder import LAYER_SHAPES, OPTIONAL, OUTER_SHAPES, check_config
 from quantize import make_plan
-from quantize.binding import LAYER_SHAPES, OPTIONAL, OUTER_SHAPES
 from quantize.families import FAMILIES, NOT_YET, Family
 from quantize.fields import ROPE_TYPES, Fields, window_of_some
 from quantize.readers import Source, open_source

@@ -396,7 +396,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"n_layers": 2}, r"tensor layers\.1\.attn_norm \[50\] is missing"),
         ({"n_kv_heads": 2}, "n_kv_heads is 2, expected a divisor of n_heads, which is 3"),
         ({"head_dim": 13}, "head_dim is 13, expected an even number"),
-        ({"head_dim": 16}, r"layers\.0\.wq: shape \[42, 50\], expected \[48, 50\]; check n_heads and head_dim"),
+        ({"head_dim": 16}, r"layers\.0\.wq: shape \[42, 50\], expected \[48, 50\]; check n_heads, head_dim"),
         ({"hidden_dim": 78}, r"layers\.0\.w_gate: shape \[77, 50\], expected \[78, 50\]; check hidden_dim"),
         ({"vocab_size": 46}, r"tok_embeddings: shape \[45, 50\], expected \[46, 50\]; check vocab_size"),
         ({"norm_eps": 0}, "norm_eps is 0"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -207,59 +208,50 @@ def _check_token_ids(config: Mapping[str, Any], where: str) -> None:
             )
 
 
+# Shape of each tensor in fields of the canonical config; a product joins two of them.
+LAYER_SHAPES = {
+    "attn_norm": ("dim",),
+    "wq": ("n_heads*head_dim", "dim"),
+    "wk": ("n_kv_heads*head_dim", "dim"),
+    "wv": ("n_kv_heads*head_dim", "dim"),
+    "bq": ("n_heads*head_dim",),
+    "bk": ("n_kv_heads*head_dim",),
+    "bv": ("n_kv_heads*head_dim",),
+    "q_norm": ("head_dim",),
+    "k_norm": ("head_dim",),
+    "wo": ("dim", "n_heads*head_dim"),
+    "mlp_norm": ("dim",),
+    "w_gate": ("hidden_dim", "dim"),
+    "w_up": ("hidden_dim", "dim"),
+    "w_down": ("dim", "hidden_dim"),
+}
+OUTER_SHAPES = {"tok_embeddings": ("vocab_size", "dim"), "norm": ("dim",), "output": ("vocab_size", "dim")}
+BIASES = ("bq", "bk", "bv")
+HEAD_NORMS = ("q_norm", "k_norm")
+OPTIONAL = frozenset(BIASES + HEAD_NORMS)  # all layers have one of these, or none
+
+
+def shape_of(config: Mapping[str, Any], sides: Iterable[str]) -> tuple[int, ...]:
+    """The shape that a row of LAYER_SHAPES or OUTER_SHAPES means in this config."""
+    return tuple(math.prod(config[name] for name in side.split("*")) for side in sides)
+
+
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor that a model of this (checked) config has or may have, in the order of use."""
-    dim, hidden = config["dim"], config["hidden_dim"]
-    q, kv = config["n_heads"] * config["head_dim"], config["n_kv_heads"] * config["head_dim"]
-    layer: dict[str, tuple[int, ...]] = {
-        "attn_norm": (dim,),
-        "wq": (q, dim),
-        "wk": (kv, dim),
-        "wv": (kv, dim),
-        "bq": (q,),
-        "bk": (kv,),
-        "bv": (kv,),
-        "q_norm": (config["head_dim"],),
-        "k_norm": (config["head_dim"],),
-        "wo": (dim, q),
-        "mlp_norm": (dim,),
-        "w_gate": (hidden, dim),
-        "w_up": (hidden, dim),
-        "w_down": (dim, hidden),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (config["vocab_size"], dim)}
+    layer = {name: shape_of(config, sides) for name, sides in LAYER_SHAPES.items()}
+    outer = {name: shape_of(config, sides) for name, sides in OUTER_SHAPES.items()}
+    shapes = {"tok_embeddings": outer["tok_embeddings"]}
     for i in range(config["n_layers"]):
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
-    shapes["norm"] = (dim,)
+    shapes["norm"] = outer["norm"]
     if not config["tied_embeddings"]:
-        shapes["output"] = (config["vocab_size"], dim)
+        shapes["output"] = outer["output"]
     return shapes
 
 
 def is_optional(name: str) -> bool:
-    """True for tensors that a model may lack: biases, and norms of q and k, which all its layers have or none."""
-    return name.rsplit(".", 1)[-1] in ("bq", "bk", "bv", *_HEAD_NORMS)
-
-
-_HEAD_NORMS = ("q_norm", "k_norm")
-
-
-_WIDTHS = {
-    "wq": "n_heads and head_dim",
-    "wk": "n_kv_heads and head_dim",
-    "wv": "n_kv_heads and head_dim",
-    "bq": "n_heads and head_dim",
-    "bk": "n_kv_heads and head_dim",
-    "bv": "n_kv_heads and head_dim",
-    "q_norm": "head_dim",
-    "k_norm": "head_dim",
-    "wo": "n_heads and head_dim",
-    "w_gate": "hidden_dim",
-    "w_up": "hidden_dim",
-    "w_down": "hidden_dim",
-    "tok_embeddings": "vocab_size and dim",
-    "output": "vocab_size and dim",
-}
+    """True for tensors that a model may lack: biases, and norms of q and k."""
+    return name.rsplit(".", 1)[-1] in OPTIONAL
 
 
 def check_tensors(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -268,13 +260,15 @@ def check_tensors(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     for name, shape in expected.items():
         if name not in shapes:
             part = name.rsplit(".", 1)[-1]
-            if part in _HEAD_NORMS and any(other.endswith("." + part) for other in shapes):
+            if part in HEAD_NORMS and any(other.endswith("." + part) for other in shapes):
                 raise ModelFormatError(f"{where}: tensor {name} {list(shape)} is missing, but other layers have theirs")
             if is_optional(name):
                 continue
             raise ModelFormatError(f"{where}: tensor {name} {list(shape)} is missing; the checkpoint is incomplete")
         if tuple(shapes[name]) != shape:
-            hint = _WIDTHS.get(name.rsplit(".", 1)[-1], "dim")
+            part = name.rsplit(".", 1)[-1]
+            sides = OUTER_SHAPES[name] if name in OUTER_SHAPES else LAYER_SHAPES[part]
+            hint = ", ".join(dict.fromkeys("*".join(sides).split("*")))
             raise ModelFormatError(
                 f"{where}: {name}: shape {list(shapes[name])}, expected {list(shape)}; check {hint} in the config"
             )

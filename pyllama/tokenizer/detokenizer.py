@@ -17,6 +17,14 @@ from dataclasses import dataclass, field
 _Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
+def byte_alphabet() -> dict[str, int]:
+    """The characters with which byte-level vocabularies write bytes: printable Latin-1 as itself, the rest from U+0100
+    on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
 @dataclass(frozen=True)
 class TokenTable:
     """What each id stands for.

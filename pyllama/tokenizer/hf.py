@@ -19,20 +19,12 @@ import tokenizers
 
 from ..common.errors import ModelFormatError
 from ..common.reader import shown
-from .detokenizer import TokenTable
+from .detokenizer import TokenTable, byte_alphabet
 from .special import MAX_TOKENS, SpecialTokens, looks_like_control
 
 _BLANK = "▁"
 _FIRST_STANDIN = 0x100000  # the last private-use plane
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The characters with which byte-level vocabularies write bytes: printable Latin-1 as itself, the rest from U+0100
-    on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 class HfBackend:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.model_folder import BIASES, OPTIONAL
 from pyllama.common.reader import BoundedFile, shown
 
-from ..binding import BIASES, OPTIONAL, bind
+from ..binding import bind
 from ..families import Family, find_family
 from ..fields import Fields, base_config, check_rope_scaling, tensor_factors
 from .gguf_file import GgufFile

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyllama.common.errors import ModelFormatError
+from pyllama.common.model_folder import BIASES
 from pyllama.common.reader import shown
 
-from ..binding import BIASES
 from ..families import Family, find_family
 from ..fields import LAYER_TYPES, LIMITS, Fields, base_config, check_rope_lists, check_rope_scaling, tensor_factors
 

@@ -19,14 +19,13 @@ from pyllama.common.errors import ModelFormatError
 from pyllama.common.formats import GROUPS, Packed, from_bf16
 from pyllama.common.reader import shown
 
-from .source import Grid, Index, Rows, StoredTensor, consecutive, copy_columns
+from .source import NUMBERS, Grid, Index, Rows, StoredTensor, consecutive, copy_columns
 
 Array = NDArray[Any]
 
 # Of the eight columns in one of AWQ's words, column c lies at nibble _AWQ_NIBBLES[c]: even ones below, odd ones above.
 _AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]
 _STEP_WEIGHTS = 1 << 19  # decoded at a time, with as many scales and offsets beside them: some 5 MiB
-_NUMBERS: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<f4")}
 
 
 class Grouped(Rows):
@@ -141,7 +140,7 @@ class Grouped(Rows):
 
     def columns(self, part: str, index: Index) -> Array:
         """Columns of a part that is stored transposed: words, or numbers as stored."""
-        matrix = self.numbers(part) if self.parts[part].type_name in _NUMBERS else self.words(part)
+        matrix = self.numbers(part) if self.parts[part].type_name in NUMBERS else self.words(part)
         return copy_columns(self.parts[part].file, matrix, index)
 
     def words(self, part: str) -> Array:
@@ -151,7 +150,7 @@ class Grouped(Rows):
     def numbers(self, part: str) -> Array:
         """Scales or minima as stored, mapped."""
         stored = self.parts[part]
-        return stored.data().view(_NUMBERS[stored.type_name]).reshape(stored.shape)
+        return stored.data().view(NUMBERS[stored.type_name]).reshape(stored.shape)
 
 
 class GptqRows(Grouped):

@@ -24,7 +24,7 @@ from pyllama.common.reader import BoundedFile, read_bytes, read_json, shown
 
 from ..binding import bind
 from ..families import find_family
-from ..fields import Fields, base_config
+from ..fields import LIMITS, Fields, base_config
 from .safetensors_folder import TOKENIZER_FILES, tokenizer_files
 from .source import Joined, Rows, Source, identity_of, name_of, same_numbers
 from .tiktoken_vocab import BEGIN, TiktokenVocabulary, is_tiktoken
@@ -90,8 +90,9 @@ def _check_numbers(paths: Sequence[Path], shards: Sequence[Mapping[str, Rows]], 
     name = "layers.0.attention.wq.weight"
     first = shards[0].get(name)
     fields = Fields(params, where)
-    n_heads = fields.integer("n_heads", 1, 1 << 12)
-    rows = n_heads * fields.integer("head_dim", 1, 1 << 11, max(1, fields.integer("dim", 1, 1 << 17) // n_heads))
+    n_heads = fields.integer("n_heads", 1, LIMITS["n_heads"])
+    head_dim = max(1, fields.integer("dim", 1, LIMITS["dim"]) // n_heads)
+    rows = n_heads * fields.integer("head_dim", 1, LIMITS["head_dim"], head_dim)
     if first is not None and not first.trouble and rows % first.shape[0] == 0 and rows // first.shape[0] != len(paths):
         count = rows // first.shape[0]
         told = f"tensor {name} has {first.shape[0]} of {rows} rows in {paths[0].name}, so there are {count} files"
@@ -223,11 +224,11 @@ def _config(params: Mapping[str, Any], stored: Mapping[str, Rows], tied: bool, w
 
 def _hidden_dim(fields: Fields) -> int:
     """Two thirds of 4 · dim, times ffn_dim_multiplier, rounded up to multiple_of; each step cut to an integer."""
-    dim = fields.integer("dim", 1, 1 << 17)
+    dim = fields.integer("dim", 1, LIMITS["dim"])
     hidden = int(2 * (4 * dim) / 3)
     if fields.get("ffn_dim_multiplier") is not None:
         hidden = int(fields.number("ffn_dim_multiplier", 1e-3, 1e3) * hidden)
-    multiple = fields.integer("multiple_of", 1, 1 << 20)
+    multiple = fields.integer("multiple_of", 1, LIMITS["hidden_dim"])
     return multiple * math.ceil(hidden / multiple)
 
 
@@ -249,7 +250,7 @@ def _context(fields: Fields, stored: Mapping[str, Rows]) -> int:
         return 2048
     if "rope.freqs" in stored:
         return 4096
-    is_largest_first = fields.integer("dim", 1, 1 << 17) >= 8192 and fields.get("n_kv_heads") is None
+    is_largest_first = fields.integer("dim", 1, LIMITS["dim"]) >= 8192 and fields.get("n_kv_heads") is None
     return 2048 if fields.number("norm_eps", 1e-12, 1.0) < 9e-6 or is_largest_first else 4096
 
 

@@ -126,30 +126,30 @@ class StoredType:
         return k // self.block * self.block_bytes
 
 
-def _decode_bf16(rows: Array) -> NDArray[np.float32]:
-    return from_bf16(rows.view("<u2"))
+# The dense types as numpy has them; bf16 is uint16 there.
+NUMBERS: dict[str, np.dtype[Any]] = {
+    name: np.dtype(code) for name, code in (("F64", "<f8"), ("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"))
+}
 
 
 def _decode_f64(rows: Array) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused as such
-        return rows.view("<f8").astype(np.float32)
+        return rows.view(NUMBERS["F64"]).astype(np.float32)
+
+
+def _dense(name: str, decode: Callable[[Array], NDArray[np.float32]], grid: str = "") -> StoredType:
+    if not grid:
+        return StoredType(name, 1, NUMBERS[name].itemsize, decode)
+    return StoredType(
+        name, 1, NUMBERS[name].itemsize, decode, Grid(grid), lambda r: Packed(r.view(NUMBERS[name]).copy())
+    )
 
 
 DENSE_TYPES: dict[str, StoredType] = {
-    row.name: row
-    for row in (
-        StoredType("F64", 1, 8, _decode_f64),
-        StoredType("F32", 1, 4, lambda r: r.view("<f4"), Grid("f32"), lambda r: Packed(r.view("<f4").copy())),
-        StoredType(
-            "F16",
-            1,
-            2,
-            lambda r: widen_f16(r.view("<f2")),
-            Grid("f16"),
-            lambda r: Packed(r.view("<f2").copy()),
-        ),
-        StoredType("BF16", 1, 2, _decode_bf16, Grid("bf16"), lambda r: Packed(r.view("<u2").copy())),
-    )
+    "F64": _dense("F64", _decode_f64),
+    "F32": _dense("F32", lambda r: r.view(NUMBERS["F32"]), "f32"),
+    "F16": _dense("F16", lambda r: widen_f16(r.view(NUMBERS["F16"])), "f16"),
+    "BF16": _dense("BF16", lambda r: from_bf16(r.view(NUMBERS["BF16"])), "bf16"),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.reader import shown
+from pyllama.tokenizer.detokenizer import byte_alphabet
 
 from .byte_level_bpe import PRE_TOKENIZERS, to_json, tokenizer_json
 
@@ -70,7 +71,7 @@ class TiktokenVocabulary:
 
     def _document(self) -> bytes:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        letters = _byte_letters()
+        letters = {byte: letter for letter, byte in byte_alphabet().items()}
         written = ["".join([letters[byte] for byte in token]) for token in self.tokens]
         pairs = _merges(self.tokens, self._where)
         begin = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
@@ -173,10 +174,3 @@ def _special_names(named: list[str | None], count: int) -> list[str]:
         out.append(name if name is not None else f"<|reserved_special_token_{reserved}|>")
         reserved += name is None
     return out
-
-
-def _byte_letters() -> list[str]:
-    """The character by which byte-level vocabularies write each byte: printable Latin-1 itself, others U+0100 up."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

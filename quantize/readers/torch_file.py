@@ -20,32 +20,27 @@ from numpy.typing import NDArray
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.formats import Packed
 from pyllama.common.reader import BoundedFile, shown
+from pyllama.common.safetensors import DTYPES
 
 from .pickles import MAX_PICKLE_BYTES, Name, describe, read_pickle
-from .source import DENSE_TYPES, Array, Grid, Index, Rows, StoredTensor, StoredType, consecutive, copy_columns
+from .source import DENSE_TYPES, NUMBERS, Array, Grid, Index, Rows, StoredTensor, StoredType, consecutive, copy_columns
 from .zip_stored import Entry, read_zip
 
 MAX_DIMENSIONS = 8
 MAX_SHARED = 1 << 10  # numbers of a storage that any number of tensors may share
 
-# torch's storage classes -> the name of a number there and its bytes; DENSE_TYPES says which of them a model may have.
+# torch's storage classes -> safetensors' name of a number there; DENSE_TYPES says which of them a model may have.
 _STORAGES = {
-    "DoubleStorage": ("F64", 8),
-    "FloatStorage": ("F32", 4),
-    "HalfStorage": ("F16", 2),
-    "BFloat16Storage": ("BF16", 2),
-    "LongStorage": ("I64", 8),
-    "IntStorage": ("I32", 4),
-    "ShortStorage": ("I16", 2),
-    "CharStorage": ("I8", 1),
-    "ByteStorage": ("U8", 1),
-    "BoolStorage": ("BOOL", 1),
-}
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
 }
 
 
@@ -116,7 +111,7 @@ class StridedTensor(Rows):
         item = storage.item_bytes
         view: Array = np.ndarray(  # checks once more that it stays within `data`
             self.shape,
-            _DTYPES[storage.type_name],
+            NUMBERS[storage.type_name],
             data.data,
             self._tensor.offset * item,
             tuple(stride * item for stride in self._tensor.strides),
@@ -212,7 +207,8 @@ class _TorchFile:
         if types != [str, Name, str, str, int] or key[0] != "storage" or key[1].name not in _STORAGES:
             raise ModelFormatError(f"a storage named by {describe(key)} of {', '.join(map(describe, key[:8]))}")
         number, count = shown(key[2]), key[4]
-        type_name, item_bytes = _STORAGES[key[1].name]
+        type_name = _STORAGES[key[1].name]
+        item_bytes = DTYPES[type_name]
         entry = self._entries.get(f"{self._folder}/data/{key[2]}")
         if entry is None:
             raise ModelFormatError(f"storage {number} is not in the file")
