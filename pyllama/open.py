@@ -299,16 +299,16 @@ def _converted(source: Path, format: str | None) -> Path:
     target = cache_folder() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if is_model_folder(target):
         return target
+    lock = target.with_name(target.name + ".lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
     except OSError as error:
         raise PyllamaError(
-            f"{target.parent}: the folder for converted models cannot be made ({error.strerror}); "
+            f"{target.parent}: the folder for converted models cannot be made or written to ({error.strerror}); "
             "set XDG_CACHE_HOME, or convert with `quantize` and open the result"
         ) from None
-    with _locked(target.with_name(target.name + ".lock")) as alone:
-        if alone:
-            _sweep(target)
+    with _locked(lock):
         if not is_model_folder(target):  # another process may have made it while we waited
             if not any(name in opened.tokenizer_files() for name in VOCABULARIES):
                 raise ModelFormatError(f"{source}: {NO_VOCABULARY}")
@@ -320,13 +320,6 @@ def _converted(source: Path, format: str | None) -> Path:
     return target
 
 
-def _sweep(target: Path) -> None:
-    """Removes what killed conversions to `target` left beside it. Only for who holds the lock: nobody is writing it."""
-    for path in target.parent.iterdir():
-        if path.name.startswith(f".{target.name}.") and path.suffix in (".partial", ".old"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _show_progress(progress: Any) -> None:
     print(f"\r{100 * progress.done // progress.total:3d} %", end="", file=sys.stderr, flush=True)
     if progress.done == progress.total:
@@ -334,16 +327,15 @@ def _show_progress(progress: Any) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Holds a lock between processes and gives True, where the system has such; elsewhere False: converting twice costs
-    only time.
-    """
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock between processes, where system and file system have such; elsewhere one of two may be refused."""
     try:
         import fcntl
     except ImportError:
-        yield False
+        yield
         return
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield True
+        with suppress(OSError):  # some networks' file systems have none
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
     # the lock's file stays: removing it would let two waiters hold locks on two different files

@@ -80,10 +80,10 @@ def write_plan(
     texts = _texts(plan, files, config, max_memory, threads)
     files |= golden_files(files, config, plan.source.identity["name"])
     target = Path(out).resolve()
-    if resume and is_written(target, specs, config, files):
+    watched = _Watched((*plan.source.files, *read_now))
+    if resume and is_written(target, specs, config, files, after=watched.newest):
         clear(target)
         return target
-    watched = _Watched((*plan.source.files, *read_now))
     watched.release(sparing=max_memory is not None)  # what checking has looked at
     work = _Work.within(plan, max_memory, threads)
     writer = FolderWriter(target, specs, config, files, overwrite=overwrite, resume=resume, source=watched.stamp)
@@ -214,6 +214,11 @@ class _Watched:
     def stamp(self) -> str:
         """Names, sizes and times of last change, for a conversion that goes on later."""
         return json.dumps(sorted((file.path.name, file.size, file.mtime_ns) for file in self._files))
+
+    @property
+    def newest(self) -> int:
+        """When the last of them was changed, in nanoseconds."""
+        return max((file.mtime_ns for file in self._files), default=0)
 
     def check(self, name: str) -> None:
         for file in self._files:

@@ -386,9 +386,12 @@ class _Tensor:
 
 
 def is_written(
-    out: Path, specs: Sequence[TensorSpec], config: Mapping[str, object], files: Mapping[str, bytes]
+    out: Path, specs: Sequence[TensorSpec], config: Mapping[str, object], files: Mapping[str, bytes], *, after: int
 ) -> bool:
-    """Whether `out` already is what this conversion would make, going by its header."""
+    """Whether `out` already is what this conversion would make: by its header, and written after the source was.
+
+    after: time of the source's last change, in nanoseconds; the header knows but its first bytes.
+    """
     try:
         folder = read_model_folder(out)
     except ModelFormatError:
@@ -400,7 +403,7 @@ def is_written(
         return False
     header = header_bytes(specs, tensors, sums)
     with BoundedFile(out / WEIGHTS_FILE) as file:
-        return file.size > len(header) and file.read_at(0, len(header)) == header
+        return file.mtime_ns >= after and file.size > len(header) and file.read_at(0, len(header)) == header
 
 
 def clear(out: Path) -> None:

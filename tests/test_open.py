@@ -4,6 +4,7 @@ name. Defects inside files are tested in test_hostile_files.py.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -97,20 +98,6 @@ def test_two_processes_convert_once(gguf: Path, own_cache: Path) -> None:
     assert len(folders(own_cache)) == 1
 
 
-def test_what_killed_conversions_left_behind_is_swept(gguf: Path, own_cache: Path) -> None:
-    """Only what belongs to the same model: another one may be in the making under its own lock."""
-    target = locate(gguf)
-    left = [own_cache / f".{target.name}.0123abcd.{suffix}" for suffix in ("partial", "old")]
-    others = [own_cache / name for name in (f".{target.name}0.0123abcd.partial", ".other-1.0123abcd.partial")]
-    for folder in [*left, *others]:
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"x")
-    (target / "config.json").unlink()
-    assert locate(gguf) == target
-    assert [path.exists() for path in left] == [False, False]
-    assert all((folder / "model.safetensors").exists() for folder in others)
-
-
 def test_a_killed_conversion_is_swept_by_the_next(gguf: Path, own_cache: Path) -> None:
     code = (
         "import os, signal, quantize.writer as writer; from pyllama.open import locate;"
@@ -148,6 +135,24 @@ def test_a_cache_that_cannot_be_made_says_what_to_do(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "pyllama"
+
+
+def test_a_cache_that_cannot_be_written_to(gguf: Path, own_cache: Path) -> None:
+    target = locate(gguf)
+    (target / "config.json").unlink()
+    lock = target.with_name(target.name + ".lock")
+    lock.unlink()
+    lock.symlink_to(own_cache / "missing" / "lock")
+    with pytest.raises(PyllamaError, match="set XDG_CACHE_HOME, or convert with `quantize`"):
+        locate(gguf)
+
+
+def test_a_cache_on_a_file_system_without_locks(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert load_folder(locate(gguf)).config["architecture"] == "llama"
 
 
 def test_a_cache_without_a_home(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,28 @@ def test_resuming_what_is_done_changes_nothing(source: Path, place: Path, capsys
     assert "exists already; choose another output or pass --overwrite" in capsys.readouterr().err
 
 
+def test_what_is_done_is_not_taken_for_a_later_source(
+    tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Changed so far behind its start that the output's header, which knows that alone, is the same."""
+    shape = Shape(
+        dim=512, hidden_dim=512, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=512, vocab_size=17, max_seq_len=8
+    )
+    hf = hf_source(tmp_path / "hf", shape)
+    arguments = [str(hf), "-o", str(place / "model"), "--format", "q8", "--resume"]
+    assert main(arguments) == 0
+    before = listing(place / "model")
+    with open(hf / "model.safetensors", "r+b") as file:
+        file.seek(-200_000, os.SEEK_END)
+        file.write(bytes(100_000))
+    later = (place / "model" / "model.safetensors").stat().st_mtime_ns + 1
+    os.utime(hf / "model.safetensors", ns=(later, later))
+    assert main(arguments) == 1
+    assert "exists already; choose another output or pass --overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+    assert listing(place / "model") != before
+
+
 def test_the_left_overs_of_a_dead_run_are_replaced(source: Path, whole: dict[str, bytes], place: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, place / "model", format=FORMAT, resume=True, progress=stopped_at("norm"))
