@@ -87,7 +87,7 @@ fuzz: dev  ## damaged files of every kind for a minute: refused or read, nothing
 check-crash: dev  ## 200 conversions killed at every call and at random moments: none leaves a broken output
 	$(PY) scripts/check_crash.py
 
-check-memory: dev  ## peaks under --max-memory for every source in the shapes of a 70B: minutes, 4 GB of disk
+check-memory: dev  ## peaks under --max-memory for every source in the shapes of a 70B: minutes, 3 GB of disk
 	$(PY) scripts/check_memory.py
 
 check-cuda: $(VENV)/.pyllama-dev  ## compile every CUDA kernel for every architecture: spills, registers, instructions (with nvcc)

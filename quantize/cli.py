@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}", EXIT_FAILED)
     except MemoryError:
-        return _complain("not enough memory for the largest tensor; close other programs", EXIT_FAILED)
+        return _complain("not enough memory; close other programs, or take smaller pieces by --max-memory", EXIT_FAILED)
 
 
 def _complain(message: str, code: int) -> int:

@@ -33,7 +33,8 @@ from quantize.convert import make_plan
 from quantize.lora import merge_adapters
 from quantize.readers import open_source
 from pyllama.common.errors import QuantizeError
-source = merge_adapters(open_source(sys.argv[1]), [(path, 1.0) for path in sys.argv[3::2]])
+limit, threads = int(sys.argv[1]), 1 if sys.argv[1] == "0" else 2
+source = merge_adapters(open_source(sys.argv[2]), [(path, 1.0) for path in sys.argv[4::2]])
 plan = make_plan(source)
 whole = pipeline._blocks
 pipeline._blocks = lambda *words: (lambda blocks: blocks[:1] + blocks[1:][-1:])(list(whole(*words)))
@@ -42,8 +43,8 @@ watched.release()
 try:
     pipeline._Work.within(plan, 1, 1)
 except QuantizeError as error:
-    limit = int(re.search(r"at least ([0-9]+) MB", str(error))[1]) * 10**6
-work = pipeline._Work.within(plan, limit, 1)
+    limit = limit or int(re.search(r"at least ([0-9]+) MB", str(error))[1]) * 10**6
+work = pipeline._Work.within(plan, limit, threads)
 for _ in pipeline._converted(plan.tensors, plan.method, work):
     watched.release()
 waiting = max(sum(section.nbytes for section in item.spec.sections[1:]) for item in plan.tensors)
@@ -51,10 +52,11 @@ print(limit, pipeline.resident_bytes()[1], waiting)
 """
 
 
-def rehearsed(words: Sequence[str]) -> tuple[int, int]:
-    """The smallest limit that `quantize` accepts for these words, without what scales take that wait for a tensor's
-    last row; and the peak under it over two blocks of each tensor, without writing."""
-    ended = subprocess.run([sys.executable, "-c", _REHEARSED, *words], cwd=ROOT, capture_output=True, text=True)
+def rehearsed(words: Sequence[str], limit: int = 0) -> tuple[int, int]:
+    """A limit, the smallest that `quantize` accepts for these words if none is given, without what scales take that
+    wait for a tensor's last row; and the peak under it over two blocks of each tensor, without writing."""
+    command = [sys.executable, "-c", _REHEARSED, str(limit), *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     limit, peak, waiting = map(int, ended.stdout.split())
     return limit - waiting, peak

@@ -192,6 +192,7 @@ def torch_file(
     with path.open("wb") as file:
         for entry in entries:
             at = file.tell()
+            entry.zip64 = entry.zip64 or at >= 0xFFFFFFFF
             local, record = make_torch._headers(entry, at, at)
             central += record
             file.write(local + entry.data)

@@ -115,6 +115,7 @@ def _fingerprint(shard: Mapping[str, Rows]) -> bytes:
     for name, rows in shard.items():
         if name.startswith("layers.0.") and _MATRIX.fullmatch(name) and not rows.trouble:
             digest.update(f"{name} {rows.shape}".encode() + rows.read(np.arange(1)).tobytes())
+            rows.release()
     return digest.digest()
 
 
@@ -167,6 +168,7 @@ def _one_copy(name: str, parts: Sequence[Rows]) -> Rows:
         return first
     index = np.arange(first.shape[0])
     values = first.read(index)
+    first.release()
     for part in parts[1:]:
         if part.shape != first.shape or part.trouble:
             raise ModelFormatError(
@@ -175,6 +177,7 @@ def _one_copy(name: str, parts: Sequence[Rows]) -> Rows:
             )
         with np.errstate(all="ignore"):
             furthest = np.abs(part.read(index) - values).max()
+            part.release()
             far = not furthest <= _NORM_TOLERANCE * np.abs(values).max()
         if far and np.isfinite(values).all():
             raise ModelFormatError(

@@ -293,7 +293,10 @@ class Joined(Rows):
         return None if cut else grid
 
     def read(self, index: Index) -> NDArray[np.float32]:
-        pieces = [(here, part.read(rows)) for here, part, rows in self._split(index)]
+        pieces = []
+        for here, part, rows in self._split(index):
+            pieces.append((here, part.read(rows)))
+            part.release()  # of each part some pages around what was read are in memory, and parts may be many
         return self._together([here for here, _ in pieces], [values for _, values in pieces])
 
     def read_packed(self, index: Index) -> Packed:
