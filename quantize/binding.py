@@ -130,7 +130,8 @@ def _check_rest(family: Family, left: dict[str, Rows], where: str) -> None:
         tensor.check()
         if not is_zero(tensor):
             raise ModelFormatError(
-                f"{where}: tensor {name} is not zero; its config gives it no bias there, or the engine has none"
+                f"{where}: tensor {name} is not zero; the engine has biases of q, k and v only, and those where the"
+                " config says so"
             )
 
 

@@ -295,25 +295,42 @@ FAMILIES = (
 )
 
 
-# Near relatives whose computation has parts that the engine lacks.
+# Near relatives whose computation has parts that the engine lacks, by architecture and, where that is not given, by
+# model_type; GGUF has names of its own for some.
+_EXPERTS = "it is a mixture of experts"
+_GEMMA = "its norms and activation are others than a Llama's"
+_NO_ROTATION = "some of its layers have no rotary positions (no_rope_layers)"
+_PICTURES = "it reads pictures too, in layers that the engine lacks"
 NOT_YET = {
-    "SmolLM3ForCausalLM": "some of its layers have no rotary positions (no_rope_layers)",
-    "MixtralForCausalLM": "it is a mixture of experts",
-    "Qwen2MoeForCausalLM": "it is a mixture of experts",
-    "Qwen3MoeForCausalLM": "it is a mixture of experts",
-    "GraniteMoeForCausalLM": "it is a mixture of experts",
-    "GemmaForCausalLM": "its norms and activation are others than a Llama's",
-    "Gemma2ForCausalLM": "its norms, activation and logits are others than a Llama's",
-    "Gemma3ForCausalLM": "its norms and activation are others than a Llama's",
+    "SmolLM3ForCausalLM": _NO_ROTATION,
+    "MixtralForCausalLM": _EXPERTS,
+    "PhiMoEForCausalLM": _EXPERTS,
+    "Qwen2MoeForCausalLM": _EXPERTS,
+    "Qwen3MoeForCausalLM": _EXPERTS,
+    "GraniteMoeForCausalLM": _EXPERTS,
+    "Llama4ForConditionalGeneration": _EXPERTS,
+    "Llama4ForCausalLM": _EXPERTS,
+    "GemmaForCausalLM": _GEMMA,
+    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _GEMMA,
+    "MllamaForConditionalGeneration": _PICTURES,
     "PhiForCausalLM": "its layers are built otherwise",
-    "smollm3": "some of its layers have no rotary positions",
-    "qwen2moe": "it is a mixture of experts",
-    "qwen3moe": "it is a mixture of experts",
-    "granitemoe": "it is a mixture of experts",
+    "smollm3": _NO_ROTATION,
+    "mixtral": _EXPERTS,
+    "phimoe": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen2moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "qwen3moe": _EXPERTS,
+    "granitemoe": _EXPERTS,
+    "llama4": _EXPERTS,
+    "mllama": _PICTURES,
     "granitehybrid": "some of its layers have no attention",
-    "gemma": "its norms and activation are others than a Llama's",
-    "gemma2": "its norms, activation and logits are others than a Llama's",
-    "gemma3": "its norms and activation are others than a Llama's",
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi": "its layers are built otherwise",
     "phi2": "its layers are built otherwise",
     "clip": "it is the image part of another model, which has a file of its own",
 }
@@ -332,6 +349,7 @@ def find_family(container: str, architecture: str | None, model_type: str | None
         elif family.architecture.lower() == architecture.lower():
             return family
     names = ", ".join(family.architecture for family in known)
-    claimed = shown(architecture if architecture is not None else model_type)
-    why = f": {NOT_YET[architecture]}" if architecture in NOT_YET else ""
+    named = architecture if architecture is not None else model_type
+    claimed, reason = shown(named), NOT_YET.get(named) if isinstance(named, str) else None
+    why = f": {reason}" if reason else ""
     raise ModelFormatError(f"{where}: architecture {claimed} is not supported{why}; this version knows {names}")

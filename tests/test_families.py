@@ -96,9 +96,16 @@ def test_names_are_told_apart() -> None:
 
 
 def test_unknown_families_are_named() -> None:
-    for name, why in (("SmolLM3ForCausalLM", "no rotary positions"), ("MixtralForCausalLM", "mixture of experts")):
-        with pytest.raises(ModelFormatError, match=f"{name}' is not supported: .*{why}.*; this version knows Llama"):
-            canonical("llama", architectures=[name])
+    for name, other, why in (
+        ("SmolLM3ForCausalLM", "smollm3", "no rotary positions"),
+        ("MixtralForCausalLM", "mixtral", "mixture of experts"),
+        ("Gemma3ForCausalLM", "gemma3_text", "norms and activation"),
+    ):
+        for named, changes in ((name, {"architectures": [name]}), (other, {"architectures": ..., "model_type": other})):
+            with pytest.raises(
+                ModelFormatError, match=f"{named}' is not supported: .*{why}.*; this version knows Llama"
+            ):
+                canonical("llama", **changes)
     with pytest.raises(ModelFormatError, match="'StrangeLM' is not supported; this version knows LlamaForCausalLM, "):
         canonical("llama", architectures=["StrangeLM"])
     with pytest.raises(ModelFormatError, match="'strange' is not supported"):

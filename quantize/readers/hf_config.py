@@ -39,6 +39,11 @@ _CHANGES_NOTHING = {
     "sliding_window",  # of a family without windows it is looked at below
     "use_sliding_window",
 }
+# What is known, and what the engine lacks for it.
+_LACKING = {
+    "mlp_bias": "the engine has no biases in the MLP",
+    "no_rope_layers": "the engine gives every layer rotary positions",
+}
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -159,7 +164,11 @@ def _refuse_variants(family: Family, fields: Fields, config: Mapping[str, Any], 
         )
     for owner in (fields, Fields(rope, f"{fields.where}: rope_parameters")):
         if owner.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
-            owner.fail("partial_rotary_factor", f"found {owner.get('partial_rotary_factor')}, only 1 is supported")
+            owner.fail(
+                "partial_rotary_factor",
+                f"found {owner.get('partial_rotary_factor')}: rotary positions in a part of each head only, which the"
+                " engine does not have; expected 1",
+            )
     _refuse_strangers(family, fields)
 
 
@@ -177,4 +186,5 @@ def _refuse_strangers(family: Family, fields: Fields) -> None:
             key == "layer_types" and isinstance(value, list) and set(map(str, value)) == {"full_attention"}
         )
         if not (neutral or everywhere_full):
-            fields.fail(key, f"found {shown(value)}; {family.architecture} is not known to have such a setting")
+            why = _LACKING.get(key, f"{family.architecture} is not known to have such a setting")
+            fields.fail(key, f"found {shown(value)}; {why}")
