@@ -440,10 +440,8 @@ def _checked_output(path: Path, overwrite: bool) -> Path:
         raise QuantizeError(f"{path}: exists already; choose another output or pass --overwrite")
     foreign = [name for name in names if not _is_ours(name)]
     if foreign or not is_model_folder(path):
-        what = f"holds {foreign[0]!r}" if foreign else "is no model folder"
-        raise QuantizeError(
-            f"{path}: {what}, which quantize did not write; it is not overwritten, choose another output"
-        )
+        what = f"holds {foreign[0]!r}, which quantize did not write" if foreign else "is no model that quantize wrote"
+        raise QuantizeError(f"{path}: {what}; it is not overwritten, choose another output")
     return path
 
 

@@ -211,7 +211,7 @@ def test_foreign_files_are_never_deleted(foreign: str, source: Path, place: Path
 def test_a_checkpoint_is_never_deleted(source: Path, place: Path) -> None:
     other = make.write_hf_folder(place / "hf", TINY, make.random_weights(TINY))
     before = listing(other)
-    with pytest.raises(QuantizeError, match="is no model folder, which quantize did not write"):
+    with pytest.raises(QuantizeError, match="is no model that quantize wrote; it is not overwritten"):
         convert(source, other, overwrite=True)
     assert listing(other) == before
 
