@@ -51,7 +51,7 @@ class Fuzzer:
 
     def __init__(self, all_targets: dict[str, targets.Target], out: Path, seed: int) -> None:
         self.targets, self.out, self.rng, self.watch = all_targets, out, random.Random(seed), Watch()
-        self.sound = {name: target.file.read_bytes() for name, target in all_targets.items()}
+        self.sound = {name: target.sound for name, target in all_targets.items()}
         self.seeds: dict[str, list[bytes]] = {name: [] for name in all_targets}
         self.found: dict[tuple[str, bytes], frozenset[int]] = {}
         self.spent = dict.fromkeys(all_targets, 0.0)

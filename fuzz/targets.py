@@ -14,7 +14,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 class Target:
     """`path` is opened after `file` was damaged. open: raises `allowed` or accepts; may write in `writes` alone.
 
-    deeper: for what is accepted and takes a new branch; gets the name of a folder that it may write. also: other sound
-    contents of the file.
+    deeper: for what is accepted and takes a new branch; gets the name of a folder that it may write. sound: the
+    file's content, put in by `build`; also: other sound ones.
     """
 
     path: Path
@@ -68,6 +68,7 @@ class Target:
     allowed: tuple[type[Exception], ...] = (ModelFormatError,)
     deeper: Callable[[Path, Path], None] | None = None
     also: tuple[bytes, ...] = ()
+    sound: bytes = b""
     writes: Path | None = None
 
 
@@ -171,7 +172,7 @@ def build(base: Path) -> dict[str, Target]:
     out: dict[str, Target] = {}
     for group in (_hugging_face, _packed, _gguf, _pytorch, _adapter, _tokenizers, _own, _journal):
         for name, target in group(base):
-            out[name] = target
+            out[name] = replace(target, sound=target.file.read_bytes())
     return out
 
 

@@ -92,3 +92,18 @@ def test_text_that_a_vocabulary_has_no_token_for(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path / "m", {"tokenizer.json": document}))
     with pytest.raises(ModelFormatError, match=r"tokenizer.json: the tokenizers library cannot encode 'b'"):
         tokenizer.encode("b")
+
+
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "continuing\\u005fsubword_prefix"])
+def test_a_prefix_that_cuts_characters_in_two(tmp_path: Path, key: str) -> None:
+    """The library ended the process."""
+    document = json.loads(make.small_tokenizer_json())
+    document["model"]["vocab"] |= {"é": 4, "]é": 5, "a]é": 6}
+    document["model"] |= {"merges": [["a", "é"]], "continuing_subword_prefix": "]"}
+    text = json.dumps(document).replace("continuing_subword_prefix", key)
+    folder = write_folder(tmp_path / "m", {"tokenizer.json": text})
+    with pytest.raises(ModelFormatError, match=r"tokenizer.json: continuing_subword_prefix is set"):
+        Tokenizer.from_folder(folder)
+    (folder / "tokenizer.json").write_text(text.replace('"]"', '""'))
+    with pytest.raises(ModelFormatError, match=r"merge|vocabulary"):
+        Tokenizer.from_folder(folder)

@@ -25,6 +25,8 @@ from .special import MAX_TOKENS, SpecialTokens, looks_like_control
 _BLANK = "▁"
 _FIRST_STANDIN = 0x100000  # the last private-use plane
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:(?!\s*(?:null\b|""))')
+_ESCAPED_LETTER = re.compile(r"\\u00[4-7]")
 
 
 class HfBackend:
@@ -32,7 +34,9 @@ class HfBackend:
 
     def __init__(self, raw: bytes, path: Path, special: SpecialTokens) -> None:
         self._path = path
-        self._tokenizer = _from_json(raw.decode("utf-8", "replace"), path)
+        text = raw.decode("utf-8", "replace")
+        _check_prefix(text, path)
+        self._tokenizer = _from_json(text, path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._add_declared(special)
@@ -127,6 +131,20 @@ class HfBackend:
 def _any_of(contents: set[str]) -> re.Pattern[str] | None:
     ordered = sorted(contents, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _check_prefix(text: str, path: Path) -> None:
+    """Refuses a prefix of words' later parts, which no Llama-like vocabulary has: the library cuts as many bytes off a
+    merge's second token, be they half a character or more than it has, and may end the process over it. Looked for in
+    the text, for a vocabulary takes long to parse; only who hides the key behind escapes has it parsed.
+    """
+    if _ESCAPED_LETTER.search(text):
+        try:
+            text = json.dumps(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise ModelFormatError(f"{path}: not valid JSON: {error}") from None
+    if _PREFIX.search(text):
+        raise ModelFormatError(f"{path}: continuing_subword_prefix is set; only vocabularies without one are known")
 
 
 def _from_json(text: str, path: Path) -> tokenizers.Tokenizer:
