@@ -57,19 +57,23 @@ const Kernels& kernels_for(const std::string& isa) {
   throw std::invalid_argument("isa '" + name + "', expected one of" + known);
 }
 
-convert::Matrix matrix_of(const Array<float>& weights, int group) {
+using Counts = std::optional<Array<float>>;  // [K] by what the squared error of a column counts, or nothing: alike
+
+convert::Matrix matrix_of(const Array<float>& weights, int group, const Counts& counts) {
   need(weights.ndim() == 2 && weights.size() > 0, "weights must be float32 [N, K]");
   need(group > 0 && group <= convert::kMaxGroup, "group must be 1 to 128");
-  return {weights.data(), weights.shape(0), weights.shape(1), group};
+  need(!counts || (counts->ndim() == 1 && counts->shape(0) == weights.shape(1)), "counts must be float32 [K]");
+  return {weights.data(), weights.shape(0), weights.shape(1), group, counts ? counts->data() : nullptr};
 }
 
 py::ssize_t groups_of(const convert::Matrix& matrix) { return (matrix.n_columns + matrix.group - 1) / matrix.group; }
 
 py::tuple search_scale(const Array<float>& weights, int group, std::pair<float, float> levels, float bias,
                        const Converted<float>& places, const std::optional<Converted<float>>& level_of_half,
-                       const std::optional<Converted<uint8_t>>& code_of_half, const std::string& isa) {
+                       const std::optional<Converted<uint8_t>>& code_of_half, const Counts& counts,
+                       const std::string& isa) {
   const Kernels& kernels = kernels_for(isa);
-  const convert::Matrix matrix = matrix_of(weights, group);
+  const convert::Matrix matrix = matrix_of(weights, group, counts);
   need(places.ndim() == 1, "places must be [n]");
   need(level_of_half.has_value() == code_of_half.has_value(), "a codebook needs levels and codes");
   convert::ScaleGrid grid{levels.first, levels.second, bias, nullptr, nullptr, places.data(), 0};
@@ -90,10 +94,10 @@ py::tuple search_scale(const Array<float>& weights, int group, std::pair<float, 
   return py::make_tuple(std::move(codes), std::move(scales));
 }
 
-py::tuple search_affine(const Array<float>& weights, int group, const Converted<float>& trials,
+py::tuple search_affine(const Array<float>& weights, int group, const Converted<float>& trials, const Counts& counts,
                         const std::string& isa) {
   const Kernels& kernels = kernels_for(isa);
-  const convert::Matrix matrix = matrix_of(weights, group);
+  const convert::Matrix matrix = matrix_of(weights, group, counts);
   need(trials.ndim() == 2 && trials.shape(1) == 2, "trials must be [n, 2]");
   const convert::AffineGrid grid{trials.data(), static_cast<int>(trials.shape(0))};
   Array<uint8_t> codes({weights.shape(0), weights.shape(1)});
@@ -169,9 +173,11 @@ void bind_convert(py::module_ m) {
   m.def("isas", &isas, "Instruction sets that these loops can use here.");
   m.def("search_scale", &search_scale, py::arg("weights").noconvert(), py::arg("group"), py::arg("levels"),
         py::arg("bias"), py::arg("places"), py::arg("level_of_half") = py::none(), py::arg("code_of_half") = py::none(),
-        py::arg("isa") = "", "float32 [N, K] -> codes uint8 [N, K] and f16 bits of scales [N, G].");
+        py::arg("counts") = py::none(), py::arg("isa") = "",
+        "float32 [N, K] -> codes uint8 [N, K] and f16 bits of scales [N, G].");
   m.def("search_affine", &search_affine, py::arg("weights").noconvert(), py::arg("group"), py::arg("trials"),
-        py::arg("isa") = "", "float32 [N, K] -> codes uint8 [N, K], f16 bits of scales and of minimums [N, G].");
+        py::arg("counts") = py::none(), py::arg("isa") = "",
+        "float32 [N, K] -> codes uint8 [N, K], f16 bits of scales and of minimums [N, G].");
   m.def("largest", &largest, py::arg("values").noconvert(), py::arg("isa") = "",
         "The largest magnitude; infinite if a value is NaN or infinite.");
   m.def("from_f16", &from_f16, py::arg("halves").noconvert(), py::arg("isa") = "",

@@ -195,12 +195,14 @@ class convert:
     @staticmethod
     def search_scale(
         weights: NDArray[np.float32], group: int, levels: tuple[float, float], bias: float, places: ArrayLike,
-        level_of_half: ArrayLike | None = None, code_of_half: ArrayLike | None = None, isa: str = "",
+        level_of_half: ArrayLike | None = None, code_of_half: ArrayLike | None = None,
+        counts: NDArray[np.float32] | None = None, isa: str = "",
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-        """[N, K] -> codes [N, K], f16 bits of scales [N, G]."""
+        """[N, K] -> codes [N, K], f16 bits of scales [N, G]. counts: [K] by what a column's squared error counts."""
     @staticmethod
     def search_affine(
-        weights: NDArray[np.float32], group: int, trials: ArrayLike, isa: str = "",
+        weights: NDArray[np.float32], group: int, trials: ArrayLike, counts: NDArray[np.float32] | None = None,
+        isa: str = "",
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
         """[N, K] -> codes [N, K], f16 bits of scales and of minimums [N, G]; trials [n, 2]."""
     @staticmethod

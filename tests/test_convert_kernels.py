@@ -55,12 +55,18 @@ def same_bits(a: Packed, b: Packed) -> None:
             np.testing.assert_array_equal(left.view(f"u{left.itemsize}"), right.view(f"u{right.itemsize}"), name)
 
 
-def check(weights: NDArray[np.float32], format: str, group: int, codebook: tuple[int, ...] | None = None) -> None:
+def check(
+    weights: NDArray[np.float32],
+    format: str,
+    group: int,
+    codebook: tuple[int, ...] | None = None,
+    importance: NDArray[np.float32] | None = None,
+) -> None:
     with using(None), np.errstate(all="ignore"):
-        expected = quantize_rtn(weights, format, group, codebook)
+        expected = quantize_rtn(weights, format, group, codebook, importance=importance)
     for isa in ISAS:
         with using(Forced(isa)):
-            same_bits(quantize_rtn(weights, format, group, codebook), expected)
+            same_bits(quantize_rtn(weights, format, group, codebook, importance=importance), expected)
 
 
 LARGEST = {"q8": 127 * 65504.0, "q4": 8 * 65504.0, "q4a": 65504.0, "q4nl": 127 * 65504.0}
@@ -92,12 +98,18 @@ def drawn(kind: str, shape: tuple[int, int], size: float, seed: int) -> NDArray[
     st.integers(0, 2**32 - 1),
     st.sampled_from([1e-40, 1e-30, 1e-12, 6e-8, 1e-5, 1e-3, 1.0, 5e3]),
     st.sampled_from(["normal", "spiky", "one sign", "few values", "ties", "zeros", "sparse", "any bits"]),
+    st.sampled_from([None, 0.0, 1.0, 5.0]),
 )
 def test_searches_equal_their_definition(
-    format: str, group: int, shape: tuple[int, int], seed: int, size: float, kind: str
+    format: str, group: int, shape: tuple[int, int], seed: int, size: float, kind: str, spread: float | None
 ) -> None:
+    """spread: of what columns count, as the logarithm's; None: alike."""
     weights = drawn(kind, shape, size, seed)
-    check(np.clip(weights, -LARGEST[format] * 0.99, LARGEST[format] * 0.99), format, group)
+    weights = np.clip(weights, -LARGEST[format] * 0.99, LARGEST[format] * 0.99)
+    importance = None
+    if spread is not None:
+        importance = np.exp(spread * np.random.default_rng(seed).standard_normal(shape[1])).astype(np.float32)
+    check(weights, format, group, importance=importance)
 
 
 @pytest.mark.parametrize("format", FORMATS_MADE)
@@ -125,8 +137,10 @@ def test_the_largest_weights(format: str, sign: int) -> None:
     ],
 )
 def test_any_codebook(codebook: tuple[int, ...]) -> None:
+    importance = np.random.default_rng(5).uniform(0.01, 10, 150).astype(np.float32)
     for kind in ("normal", "ties", "one sign"):
-        check(drawn(kind, (9, 150), 0.1, 3), "q4nl", 32, codebook)
+        for counts in (None, importance):
+            check(drawn(kind, (9, 150), 0.1, 3), "q4nl", 32, codebook, counts)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])

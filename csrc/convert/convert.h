@@ -14,7 +14,8 @@ constexpr int kHalves = 512;  // multiples of 1/2 from -128, at which a codebook
 struct Matrix {
   const float* weights;  // [n_rows][n_columns], finite
   int64_t n_rows, n_columns;
-  int group;  // of 1 to kMaxGroup
+  int group;                      // of 1 to kMaxGroup
+  const float* counts = nullptr;  // [n_columns] by what the squared error of each column counts; null: alike
 };
 
 // Levels low…high one apart, or a codebook's; the stored code is level + bias, or the codebook's index.

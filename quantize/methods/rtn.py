@@ -5,7 +5,7 @@ that just covers the largest weight; for each, the best scale for the codes it g
 squares), so trials are ranked without rounding. The winner is refitted a few times, its scale rounded to f16 before
 the codes are chosen again, and is kept only where it beats plain rounding. Works on arrays of [width, groups]: groups
 run along the contiguous axis, so every step is one pass of vector instructions. This is the definition; where the
-extension is built its loops (csrc/convert) do the same for columns that count alike, bit for bit. Does not know files.
+extension is built its loops (csrc/convert) do the same, bit for bit. Does not know files or other methods.
 """
 
 from __future__ import annotations
@@ -60,13 +60,12 @@ def quantize_rtn(
         raise ValueError(f"rtn makes q8, q4, q4a and q4nl in groups of 32, 64 or 128; asked for {format} in {group}")
     if weights.ndim != 2 or weights.dtype != np.float32:
         raise ValueError(f"weights {weights.dtype} {list(weights.shape)}, expected float32 [N, K]")
-    if importance is not None and importance.shape != weights.shape[1:]:
-        raise ValueError(f"importance of {importance.shape} columns, the weights have {weights.shape[1]}")
+    if importance is not None and (importance.shape != weights.shape[1:] or importance.dtype != np.float32):
+        raise ValueError(f"importance {importance.dtype} {list(importance.shape)}, expected float32 [K]")
     method = _Method(format, codebook)
-    by_extension = weights.size and weights.flags.c_contiguous and importance is None
-    extension = kernels.extension() if by_extension else None
+    extension = kernels.extension() if weights.size and weights.flags.c_contiguous else None
     if extension is not None and extension.largest(weights) <= method.largest:  # else the way below says what is wrong
-        return method.by_extension(weights, group)
+        return method.by_extension(weights, group, importance)
     n_rows, n_columns = weights.shape
     n_groups = -(-n_columns // group)
     codes = np.empty((n_rows, n_columns), dtype=np.int8 if format == "q8" else np.uint8)
@@ -94,7 +93,7 @@ def quantize_rtn(
 def _repeated(importance: Floats, width: int, n_groups: int) -> Floats:
     """That of a row's columns, for the groups of a block: [width, groups]."""
     of_row = importance.reshape(-1, width).T
-    return np.tile(of_row, n_groups // of_row.shape[1])
+    return np.ascontiguousarray(np.tile(of_row, n_groups // of_row.shape[1]))  # or sums would not go row by row
 
 
 class _Method:
@@ -120,15 +119,15 @@ class _Method:
             return _search_affine(block, counts)
         return _search_scale(block, self.grid, self.places, counts)
 
-    def by_extension(self, weights: Floats, group: int) -> Packed:
+    def by_extension(self, weights: Floats, group: int, importance: Floats | None) -> Packed:
         """The same for a whole matrix [N, K] whose weights are in range."""
         if self.format == "q4a":
-            found = kernels.extension().search_affine(weights, group, _AFFINE_TRIALS)
+            found = kernels.extension().search_affine(weights, group, _AFFINE_TRIALS, importance)
             return Packed(found[0], found[1].view(np.float16), found[2].view(np.float16))
         grid = self.grid
-        tables = (grid.level_of_half, grid.code_of_half) if isinstance(grid, _Codebook) else ()
+        tables = (grid.level_of_half, grid.code_of_half) if isinstance(grid, _Codebook) else (None, None)
         levels, bias = (grid.low, grid.high), getattr(grid, "bias", 0)
-        codes, scales = kernels.extension().search_scale(weights, group, levels, bias, self.places, *tables)
+        codes, scales = kernels.extension().search_scale(weights, group, levels, bias, self.places, *tables, importance)
         return Packed(codes.view(np.int8) if self.format == "q8" else codes, scales.view(np.float16))
 
 
