@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyllama.common.errors import QuantizeError
-from pyllama.common.formats import ALIGN, TensorSpec, dense, dequantize
+from pyllama.common.formats import ALIGN, TensorSpec, dense, dequantize, pack
 from pyllama.common.model_folder import expected_tensors
 from pyllama.common.rope import inv_freq
 
@@ -36,6 +36,7 @@ Convert = Callable[[Sequence["Planned"], Statistics | None], Generator[Block, No
 
 # The matrices of a layer by the input that they share, in the order in which inputs come.
 _STAGES = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w_gate": 2, "w_up": 2, "w_down": 3}
+_ADDED = (1, 3)  # stages whose product is added to the residual stream
 _ATTENTION = ("attn_norm", "wq", "wk", "wv", "bq", "bk", "bv", "q_norm", "k_norm")
 _MLP = ("mlp_norm", "w_gate", "w_up")
 _CHUNK_TOK = 2048  # about, in whole texts: between two chunks Ctrl-C is heard
@@ -59,23 +60,51 @@ def bytes_needed(plan: Plan) -> int:
     widest: int = max(config["dim"], q_dim, config["hidden_dim"])
     texts = (plan.calibration.tokens + TEXT_TOKENS) * 4
     layer = sum(item.spec.payload_bytes for item in plan.tensors if item.spec.name.startswith("layers.0."))
-    sums = 4 * widest * widest * 6 if gram else 0  # the sums, a chunk's share of them, and what a method makes of them
+    # The sums and a chunk's share of them, and what a method makes of them, some of it in float64.
+    sums = 4 * widest * widest * 12 if gram else 0
+    if gram:  # the original model's stream and a layer of its own
+        texts *= 2
+        layer += 4 * sum(item.spec.n_weights for item in plan.tensors if item.spec.name.startswith("layers.0."))
     step = 4 * TEXT_TOKENS * (4 * config["dim"] + 3 * q_dim + 5 * config["hidden_dim"])
     needed: int = texts * (config["dim"] + widest) + 4 * _CHUNK_TOK * 2 * widest + 2 * layer + sums + step
     return needed
 
 
-def gather(rows: Iterable[Floats], width: int, needs: str) -> Statistics:
-    """Statistics of an input that comes in pieces [n, width]."""
+def gather(
+    rows: Iterable[Floats], width: int, exact: Iterable[Floats] | None = None, ahead: Iterable[Floats] | None = None
+) -> Statistics:
+    """Statistics of an input that comes in pieces [n, width].
+
+    exact: the same pieces as the original model has them, where a method needs products too; ahead: by how much its
+    residual stream differs, pieces [n, N], where the product is added to that.
+    """
     n, squares = 0, np.zeros(width)
-    gram = np.zeros((width, width), np.float32) if needs == "gram" else None
-    for piece in rows:
+    gram, drift, lead = (Sum() for _ in range(3))
+    none: Iterable[Floats | None] = repeat(None)
+    for piece, original, residual in zip(rows, exact or none, ahead or none, strict=False):
         n += len(piece)
         for first in range(0, len(piece), _SUM_ROWS):
             squares += np.square(piece[first : first + _SUM_ROWS], dtype=np.float64).sum(axis=0)
-        if gram is not None:
-            gram += piece.T @ piece
-    return Statistics(n, squares, gram)
+        if original is not None:
+            gram.add(piece, piece)
+            drift.add(original - piece, piece)
+        if residual is not None:
+            lead.add(residual, piece)
+    return Statistics(n, squares, gram.total, drift.total, lead.total)
+
+
+class Sum:
+    """Σ aᵀ·b over pieces; None before the first."""
+
+    def __init__(self) -> None:
+        self.total: Floats | None = None
+
+    def add(self, a: Floats, b: Floats) -> None:
+        product = a.T @ b
+        if self.total is None:
+            self.total = product
+        else:
+            self.total += product
 
 
 class HiddenStates:
@@ -105,6 +134,11 @@ class HiddenStates:
         """What the last `attend` or `feed` made, in pieces."""
         for rows, _ in self._chunks:
             yield self._inner[rows]
+
+    def ahead_of(self, other: HiddenStates) -> Iterator[Floats]:
+        """By how much x differs from the other's, in pieces."""
+        for rows, _ in self._chunks:
+            yield self.x[rows] - other.x[rows]
 
     def attend(self, layer: int, weights: dict[str, Any]) -> None:
         """Attention up to what wo reads."""
@@ -145,9 +179,15 @@ class LayerByLayer:
     ) -> None:
         self._plan, self._convert, self._finished, self._read_back = plan, convert, set(finished), read_back
         self._needs = METHODS[plan.method].needs
-        items = {item.spec.name: item for item in plan.tensors}
-        x = _embedded(items["tok_embeddings"], texts, np.float32(plan.source.config.get("embedding_scale") or 1))
-        self._states = HiddenStates(plan.source.config, x, texts.lengths, threads)
+        embedding = next(item for item in plan.tensors if item.spec.name == "tok_embeddings")
+
+        def states(of: Planned) -> HiddenStates:
+            x = _embedded(of, texts, np.float32(plan.source.config.get("embedding_scale") or 1))
+            return HiddenStates(plan.source.config, x, texts.lengths, threads)
+
+        self._states = states(embedding)
+        # The original model's, beside it, where a method makes good what quantization did before a matrix.
+        self._exact = states(_as_it_is(embedding)) if self._needs == "gram" else None
         self._head = "tok_embeddings" if plan.source.config["tied_embeddings"] else "output"
 
     def blocks(self) -> Generator[Block, None, None]:
@@ -162,26 +202,34 @@ class LayerByLayer:
                     norm = _weight(item.spec, (yield from self._whole(item, None)))
                 elif item.spec.name not in self._finished:
                     wanted = item.spec.name == self._head and self._is_open(item)
+                    exact = None if self._exact is None else self._exact.normed(norm)
                     yield from self._convert(
-                        [item], self._gather(self._states.normed(norm), "norm") if wanted else None
+                        [item], gather(self._states.normed(norm), item.spec.shape[1], exact) if wanted else None
                     )
 
     def _layer(self, layer: int, items: Sequence[Planned]) -> Generator[Block, None, None]:
         weights: dict[str, Any] = {}
+        original = {_role(item): _original_weight(item) for item in items} if self._exact is not None else {}
         stage, statistics = -1, None
         for item in items:
-            role = item.spec.name.rpartition(".")[2]
-            if _STAGES.get(role, stage) != stage:
-                stage = _STAGES[role]
-                inputs = self._advance(stage, layer, weights)
+            if _STAGES.get(_role(item), stage) != stage:
+                stage = _STAGES[_role(item)]
+                inputs = self._advance(self._states, stage, layer, weights)
+                exact = None if self._exact is None else self._advance(self._exact, stage, layer, original)
                 wanted = any(_STAGES.get(_role(other)) == stage and self._is_open(other) for other in items)
-                statistics = self._gather(inputs, role) if wanted else None
-            weights[role] = _weight(item.spec, (yield from self._whole(item, statistics)))
+                statistics = gather(inputs, item.spec.shape[1], exact, self._ahead(stage)) if wanted else None
+            weights[_role(item)] = _weight(item.spec, (yield from self._whole(item, statistics)))
         self._states.add(weights["w_down"])
+        if self._exact is not None:
+            self._exact.add(original["w_down"])
 
-    def _advance(self, stage: int, layer: int, weights: dict[str, Any]) -> Iterator[Floats]:
-        """Brings the hidden states to a stage's input, and gives it."""
-        states = self._states
+    def _ahead(self, stage: int) -> Iterator[Floats] | None:
+        """How far the original's residual stream is from ours, for products that are added to it."""
+        return None if self._exact is None or stage not in _ADDED else self._exact.ahead_of(self._states)
+
+    @staticmethod
+    def _advance(states: HiddenStates, stage: int, layer: int, weights: dict[str, Any]) -> Iterator[Floats]:
+        """Brings hidden states to a stage's input, and gives it."""
         if stage == 0:
             return states.normed(weights["attn_norm"])
         if stage == 1:
@@ -195,11 +243,6 @@ class LayerByLayer:
 
     def _is_open(self, item: Planned) -> bool:
         return item.how == "quantize" and item.spec.name not in self._finished
-
-    def _gather(self, inputs: Iterator[Floats], role: str) -> Statistics:
-        config = self._plan.source.config
-        widths = {"wo": config["n_heads"] * config["head_dim"], "w_down": config["hidden_dim"]}
-        return gather(inputs, widths.get(role, config["dim"]), self._needs)
 
     def _whole(self, item: Planned, statistics: Statistics | None) -> Generator[Block, None, Payload]:
         """Hands on a tensor's blocks; returns its payload."""
@@ -263,6 +306,18 @@ def _weight(spec: TensorSpec, payload: Payload) -> Any:
         codebook=list(spec.codebook),
         input_order=spec.input_order,
     )
+
+
+def _as_it_is(item: Planned) -> Planned:
+    """The same tensor, its numbers as the source has them."""
+    return replace(item, spec=TensorSpec(item.spec.name, "f32", item.spec.shape), how="cast")
+
+
+def _original_weight(item: Planned) -> Any:
+    spec = _as_it_is(item).spec
+    payload = _aligned(spec.payload_bytes)
+    payload[:] = pack(spec, dense(spec, item.source.read()))
+    return _weight(spec, payload)
 
 
 def _embedded(item: Planned, texts: Texts, scale: np.float32) -> Floats:

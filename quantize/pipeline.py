@@ -180,7 +180,8 @@ def _pack_block(item: Planned, rows: slice, method: str, statistics: Statistics 
         check_finite(spec, packed)
     elif item.how == "quantize":
         chosen = METHODS["rtn" if METHODS[method].needs and statistics is None else method]
-        packed = chosen.quantize(source.read(rows), spec, statistics)
+        values = source.read(rows)
+        packed = chosen.quantize(values if statistics is None else statistics.corrected(values, rows), spec, statistics)
     else:
         packed = _cast(spec, source.read(rows))
     return pack(replace(spec, shape=(rows.stop - rows.start, spec.shape[1])), packed, kernels.tiles())

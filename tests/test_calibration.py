@@ -118,7 +118,7 @@ def packed_of(folder: Path, name: str) -> Packed:
 def quantized_again(source: Path, name: str, rows: Floats, format: str) -> Packed:
     """A matrix of the source under the statistics of its input."""
     weights = open_source(source).tensors[name].read()
-    return quantize_imatrix(weights, format, 32, None, gather([rows], rows.shape[1], "squares"))
+    return quantize_imatrix(weights, format, 32, None, gather([rows], rows.shape[1]))
 
 
 @pytest.mark.parametrize("format", ["q4", "q8", "q4a", "q4nl"])
@@ -204,14 +204,14 @@ def test_sums_are_exact_enough_and_do_not_depend_on_pieces() -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((1000, 40)) * np.exp(rng.standard_normal(40) * 3)).astype(np.float32)
     wide = x.astype(np.float64)
-    found = gather([x[:512], x[512:]], 40, "gram")
+    found = gather([x[:512], x[512:]], 40, [x[:512], x[512:]])
     assert found.n == 1000 and found.gram is not None
     np.testing.assert_allclose(found.square_sums, (wide * wide).sum(axis=0), rtol=1e-13)
     np.testing.assert_allclose(found.mean_squares, (wide * wide).mean(axis=0), rtol=1e-13)
     size = np.sqrt(np.diag(wide.T @ wide))
     assert (np.abs(found.gram - wide.T @ wide) < 1e-5 * np.outer(size, size)).all()
     assert np.array_equal(found.gram, found.gram.T)
-    assert gather([x], 40, "squares").gram is None
+    assert gather([x], 40).gram is None
 
 
 def test_what_blocks_share_is_made_once() -> None:

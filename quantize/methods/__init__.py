@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyllama.common.formats import Packed, TensorSpec
 
+from .gptq import quantize_gptq
 from .imatrix import quantize_imatrix
 from .rtn import quantize_rtn
 from .statistics import Statistics
@@ -23,7 +24,8 @@ class Method:
 
     quantize: called on blocks of whole rows of a tensor, from several threads; rows are independent. The spec describes
     the whole tensor. Statistics are those of the tensor's input, and None for a method that needs none.
-    needs: of an input's statistics: "" nothing, "squares" the sums of its squares, "gram" those of its products too.
+    needs: of an input's statistics: "" nothing, "squares" the sums of its squares, "gram" those of its products too,
+    and how far the quantized layers before it have moved it.
     Embeddings, whose input is no vector of numbers, are quantized by rtn where a method needs something.
     """
 
@@ -40,6 +42,10 @@ def _imatrix(weights: NDArray[np.float32], spec: TensorSpec, statistics: Statist
     return quantize_imatrix(weights, spec.format, spec.group, spec.codebook or None, statistics, name=spec.name)
 
 
-METHODS: dict[str, Method] = {"rtn": Method(_rtn), "imatrix": Method(_imatrix, "squares")}
+METHODS: dict[str, Method] = {
+    "rtn": Method(_rtn),
+    "imatrix": Method(_imatrix, "squares"),
+    "gptq": Method(quantize_gptq, "gram"),
+}
 
-__all__ = ["METHODS", "Method", "Statistics", "quantize_imatrix", "quantize_rtn"]
+__all__ = ["METHODS", "Method", "Statistics", "quantize_gptq", "quantize_imatrix", "quantize_rtn"]

@@ -62,7 +62,7 @@ def quantize_rtn(
         raise ValueError(f"weights {weights.dtype} {list(weights.shape)}, expected float32 [N, K]")
     if importance is not None and (importance.shape != weights.shape[1:] or importance.dtype != np.float32):
         raise ValueError(f"importance {importance.dtype} {list(importance.shape)}, expected float32 [K]")
-    method = _Method(format, codebook)
+    method = Search(format, codebook)
     extension = kernels.extension() if weights.size and weights.flags.c_contiguous else None
     if extension is not None and extension.largest(weights) <= method.largest:  # else the way below says what is wrong
         return method.by_extension(weights, group, importance)
@@ -79,7 +79,7 @@ def quantize_rtn(
             if columns.start == columns.stop:
                 continue
             block = np.ascontiguousarray(weights[rows, columns].reshape(-1, width).T)
-            _check_range(block, method.largest, name)
+            check_range(block, method.largest, name)
             counts = None if importance is None else _repeated(importance[columns], width, block.shape[1])
             found = method.search(block, counts)
             groups = slice(columns.start // group, -(-columns.stop // group))
@@ -96,16 +96,18 @@ def _repeated(importance: Floats, width: int, n_groups: int) -> Floats:
     return np.ascontiguousarray(np.tile(of_row, n_groups // of_row.shape[1]))  # or sums would not go row by row
 
 
-class _Method:
+class Search:
     """The search of a format, and the largest weight that it can hold with an f16 scale."""
 
     def __init__(self, format: str, codebook: tuple[int, ...] | None) -> None:
         self.format = format
+        self.has_offset = FORMATS[format].has_offset
         if format == "q4a":
             self.largest = _F16_MAX
+            self.grid: _Grid = _Uniform(0, 15, 0, np.uint8)
             return
         if format == "q8":  # symmetric, so the sign does not matter; clipping costs more than it gains
-            self.grid: _Grid = _Uniform(-127, 127, 0, np.int8)
+            self.grid = _Uniform(-127, 127, 0, np.int8)
             self.places = (127 * _FACTORS8).astype(np.float32)
         else:
             self.grid = _Codebook(codebook or Q4NL_CODEBOOK) if format == "q4nl" else _Uniform(-8, 7, 8, np.uint8)
@@ -118,6 +120,11 @@ class _Method:
         if self.format == "q4a":
             return _search_affine(block, counts)
         return _search_scale(block, self.grid, self.places, counts)
+
+    def fit(self, block: Floats, importance: Floats) -> tuple[Floats, Floats]:
+        """The best scale and minimum (0 for symmetric formats) of groups [width, groups]; importance: [width]."""
+        found = self.search(block, np.ascontiguousarray(np.broadcast_to(importance[:, None], block.shape)))
+        return found.scales, found.offsets if self.format == "q4a" else np.zeros_like(found.scales)
 
     def by_extension(self, weights: Floats, group: int, importance: Floats | None) -> Packed:
         """The same for a whole matrix [N, K] whose weights are in range."""
@@ -141,7 +148,7 @@ class _Found:
     error: Floats  # [groups]
 
 
-def _check_range(block: Floats, largest: float, name: str) -> None:
+def check_range(block: Floats, largest: float, name: str) -> None:
     if not np.isfinite(block).all():
         raise ModelFormatError(f"{name}: has NaN or infinite values; the checkpoint is damaged")
     found = float(np.abs(block).max())
@@ -152,21 +159,21 @@ def _check_range(block: Floats, largest: float, name: str) -> None:
         )
 
 
-def _round_f16(values: Floats) -> Floats:
+def round_f16(values: Floats) -> Floats:
     """Rounded to f16 numbers; what does not fit becomes infinite and loses every comparison."""
     with np.errstate(over="ignore"):
         return values.astype(np.float16).astype(np.float32)
 
 
-def _round_scale(scales: Floats) -> Floats:
+def round_scale(scales: Floats) -> Floats:
     """Rounded to f16 numbers, but never to zero, which would lose the group."""
-    rounded = _round_f16(scales)
+    rounded = round_f16(scales)
     vanished = (rounded == 0) & (scales != 0)
     rounded[vanished] = np.copysign(_F16_TINY, scales[vanished])
     return rounded
 
 
-def _inverse(scales: Floats) -> Floats:
+def inverse(scales: Floats) -> Floats:
     """1/s, and 0 where s is 0, infinite or so small that 1/s would be."""
     usable = (np.abs(scales) >= _F32_TINY) & np.isfinite(scales)
     return np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=usable)
@@ -248,7 +255,7 @@ def _search_scale(weights: Floats, grid: _Grid, trials: Floats, counts: Floats |
     best_gain = np.full(largest.shape, -1, dtype=np.float32)
     scale = np.zeros_like(largest)
     for place in trials:
-        level = grid.levels(weights, _inverse(largest / place), scratch)
+        level = grid.levels(weights, inverse(largest / place), scratch)
         wc, cc = _dot(counted, level), _dot(_times(level, counts), level)
         fitted = np.divide(wc, cc, out=np.zeros_like(wc), where=cc > 0)
         gain = fitted * wc  # Σw² − Σ(w − s·c)² for the fitted s
@@ -275,8 +282,8 @@ class _Best:
 
     def offer(self, scale: Floats) -> Floats:
         """Tries these scales rounded to f16; returns the least-squares scale for the codes they gave."""
-        rounded = _round_scale(scale)
-        level = self._grid.levels(self._weights, _inverse(rounded), self._scratch)
+        rounded = round_scale(scale)
+        level = self._grid.levels(self._weights, inverse(rounded), self._scratch)
         wc, cc = _dot(self._counted, level), _dot(_times(level, self._counts), level)
         refit = np.divide(wc, cc, out=rounded.copy(), where=cc > 0)
         with np.errstate(invalid="ignore"):  # 0 · infinity, where a scale does not fit f16
@@ -289,7 +296,7 @@ class _Best:
         return refit
 
     def found(self) -> _Found:
-        codes = self._grid.codes(self._weights, _inverse(self._scale))
+        codes = self._grid.codes(self._weights, inverse(self._scale))
         return _Found(codes, self._scale, np.empty(0, dtype=np.float32), self._error)
 
 
@@ -316,7 +323,7 @@ def _search_affine(weights: Floats, counts: Floats | None) -> _Found:
     best = _BestAffine(weights, mean, counts)
     best.offer(spread / np.float32(15), weights.min(axis=0))
     for _ in range(_REFITS):
-        rounded = _round_scale(scale)
+        rounded = round_scale(scale)
         code = best.offer(rounded, mean - rounded * mean_code)
         scale, mean_code, _gain = _fit_affine(counted, code, _times(code, counts), total)
     return best.found()
@@ -324,7 +331,7 @@ def _search_affine(weights: Floats, counts: Floats | None) -> _Found:
 
 def _affine_codes(weights: Floats, scale: Floats, offset: Floats, out: Floats) -> Floats:
     np.subtract(weights, offset, out=out)
-    out *= _inverse(scale)
+    out *= inverse(scale)
     np.rint(out, out=out)
     return np.clip(out, 0, 15, out=out)
 
@@ -350,13 +357,13 @@ class _BestAffine:
         self._weights, self._counts = weights, counts
         self._scratch = np.empty_like(weights)
         self._scale = np.zeros_like(mean)
-        self._offset = _round_f16(mean) + np.float32(0)
+        self._offset = round_f16(mean) + np.float32(0)
         difference = weights - self._offset
         self._error = _dot(_times(difference, counts), difference)
 
     def offer(self, scale: Floats, offset: Floats) -> Floats:
         """Tries scales and minimums rounded to f16; returns the codes that they gave."""
-        scale, offset = _round_scale(scale), _round_f16(offset) + np.float32(0)  # -0 or 0: min() may give either
+        scale, offset = round_scale(scale), round_f16(offset) + np.float32(0)  # -0 or 0: min() may give either
         with np.errstate(invalid="ignore"):  # infinite, where a minimum does not fit f16
             code = _affine_codes(self._weights, scale, offset, self._scratch)
             difference = code * scale

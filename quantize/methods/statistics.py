@@ -1,4 +1,5 @@
-"""What calibration tells a method about a product's input: how large its columns are, and how they go together.
+"""What calibration tells a method about a product's input: how large its columns are, how they go together, and how
+far the quantized layers before it have moved it.
 
 Filled by quantize/calibration.py, one for all matrices that share an input (wq wk wv; w_gate w_up), read by the methods
 beside this file. Knows no models and no texts.
@@ -16,17 +17,22 @@ from numpy.typing import NDArray
 
 T = TypeVar("T")
 
+_CORRECTION_DAMPING = 0.1
+
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Sums over the rows x [K] of a product's input, one per token of the calibration's texts.
 
-    gram is there where the method asks for it (`Method.needs`). Nobody writes into the arrays.
+    gram and drift are there where the method asks for them (`Method.needs`). Nobody writes into the arrays. With x of
+    the quantized model, x̂ of the original: what stood in the place of the same token.
     """
 
     n: int  # rows
     square_sums: NDArray[np.float64]  # [K] Σ x²
     gram: NDArray[np.float32] | None = None  # [K, K] Σ x·xᵀ, symmetric, both triangles filled
+    drift: NDArray[np.float32] | None = None  # [K, K] Σ (x̂ − x)·xᵀ
+    ahead: NDArray[np.float32] | None = None  # [N, K] Σ (r̂ − r)·xᵀ, r what the product is added to; None: to nothing
     _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -34,6 +40,31 @@ class Statistics:
     def mean_squares(self) -> NDArray[np.float64]:
         """[K] E[x²]."""
         return self.square_sums / max(self.n, 1)
+
+    def corrected(self, weights: NDArray[np.float32], rows: slice) -> NDArray[np.float32]:
+        """Rows of a matrix W [N, K] such that they make good, as far as x can, what quantization did before them.
+
+        Least squares of W'x to Wx̂ + (r̂ − r): W' = W + (W·drift + ahead)·(gram + λ)⁻¹. λ, a tenth of gram's mean
+        diagonal, keeps to W where x says little: texts that calibration has not seen would suffer. (The target is that
+        of GPTAQ, arXiv 2504.02692; the residual stream's share, ours.)
+        """
+        if self.drift is None or self.gram is None:
+            return weights
+        moved = weights @ self.drift
+        if self.ahead is not None:
+            moved += self.ahead[rows]
+        inverse: NDArray[np.float32] = self.once("inverse", self._inverse)
+        wanted: NDArray[np.float32] = weights + moved @ inverse
+        return wanted
+
+    def _inverse(self) -> NDArray[np.float32]:
+        assert self.gram is not None
+        damped = self.gram.astype(np.float64)
+        mean = float(damped.diagonal().mean())
+        if not mean > 0:
+            return np.zeros_like(self.gram)
+        damped[np.diag_indices_from(damped)] += _CORRECTION_DAMPING * mean
+        return np.linalg.inv(damped).astype(np.float32)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """make(), computed by whoever asks first and kept as long as these statistics: what all blocks of rows and all
