@@ -59,7 +59,8 @@ examples: quantize SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2     without loss
           quantize Llama-3.2-1B -o llama-1b-q4nl --format q4nl
           quantize Llama-3.2-1B -o llama-1b-mixed --format q4 --tensor-type 'embeddings|output=q8'
           quantize Llama-3.2-1B -o mine --lora adapter            with a LoRA adapter merged
-          quantize Llama-3.2-1B -o best --format q4nl --method imatrix
+          quantize Llama-3.2-1B -o good --format q4nl --method imatrix
+          quantize Llama-3.2-1B -o best --format q4nl --method gptq
           quantize verify llama-1b-q4nl                           compares every checksum
 
 exit codes: 0 done, 1 failed (OUT is as it was), 2 wrong usage, 130 interrupted by Ctrl-C"""
@@ -140,8 +141,8 @@ def _convert_parser() -> argparse.ArgumentParser:
         "--method",
         choices=list(METHODS),
         default="rtn",
-        help="how codes are chosen: rtn, round to nearest, or imatrix, the same by the errors that a product makes of "
-        "it, which needs calibration (default: %(default)s)",
+        help="how codes are chosen: rtn, round to nearest; imatrix, the same by the errors that a product makes of it; "
+        "gptq, slow and best: all weights of a row together. These two need calibration (default: %(default)s)",
     )
     add(
         "--calibration",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pyllama import _C, LLM
 from pyllama.common.errors import QuantizeError
-from pyllama.common.formats import Packed, dequantize, unpack
+from pyllama.common.formats import Packed, TensorSpec, dequantize, unpack
 from pyllama.common.model_folder import read_model_folder
 from pyllama.open import load_folder
 from pyllama.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from quantize import convert, make_plan, verify
 from quantize.calibration import bytes_needed, gather
 from quantize.calibration_texts import Calibration, Texts, read_texts
 from quantize.cli import main
-from quantize.methods import METHODS, Statistics, quantize_imatrix, quantize_rtn
+from quantize.methods import METHODS, Method, Statistics, quantize_imatrix, quantize_rtn
 from quantize.readers import open_source
 from tests import make_sources as make
 from tests.make_sources import Shape
@@ -90,7 +90,7 @@ def texts_of(source: Path, name: str = "mix", tokens: int = TOKENS) -> Texts:
 
 
 def products_of(folder: Path, texts: Texts) -> dict[str, Floats]:
-    """What each product of a model reads of some texts, from a matrix's name."""
+    """What each product of a model reads of some texts, from a matrix's name; behind a "+", what it is added to."""
     opened = load_folder(folder)
     config, weights, convert = opened.native_config(max(texts.lengths)), opened.weights, _C.convert
     table = read_model_folder(folder).tensors["tok_embeddings"]
@@ -101,7 +101,9 @@ def products_of(folder: Path, texts: Texts) -> dict[str, Floats]:
         of = {name.split(".")[2]: weight for name, weight in weights.items() if name.startswith(f"layers.{layer}.")}
         first = {role: of[role] for role in ("attn_norm", "wq", "wk", "wv", "bq", "bk", "bv") if role in of}
         inputs = [convert.norm(of["attn_norm"], eps, x), convert.attention(config, layer, first, x, texts.lengths)]
+        found[f"+layers.{layer}.wo"] = x.copy()
         convert.add_product(of["wo"], inputs[1], x)
+        found[f"+layers.{layer}.w_down"] = x.copy()
         inputs.append(convert.norm(of["mlp_norm"], eps, x))
         inputs.append(convert.mlp(config, {role: of[role] for role in ("mlp_norm", "w_gate", "w_up")}, x))
         convert.add_product(of["w_down"], inputs[3], x)
@@ -126,7 +128,8 @@ def test_statistics_are_those_of_the_finished_model(format: str, source: Path, t
     out = convert(source, tmp_path / "model", **options(format=format))
     verify(out)
     for name, rows in products_of(out, texts_of(source)).items():
-        same_bits(packed_of(out, name), quantized_again(source, name, rows, format))
+        if not name.startswith("+"):
+            same_bits(packed_of(out, name), quantized_again(source, name, rows, format))
     embeddings = quantize_rtn(open_source(source).tensors["tok_embeddings"].read(), format, 32)
     same_bits(packed_of(out, "tok_embeddings"), embeddings)
     plain = convert(source, tmp_path / "rtn", format=format)
@@ -153,6 +156,52 @@ def test_a_tied_matrix_has_the_head_s_statistics(tmp_path: Path) -> None:
     again = quantized_again(source, "tok_embeddings", rows, "q4")
     same_bits(packed_of(out, "tok_embeddings"), again)
     assert (packed_of(like, "tok_embeddings").codes != again.codes).any()
+
+
+def test_what_quantization_did_so_far(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the model that comes into being goes the original."""
+    seen: dict[str, Statistics] = {}
+
+    def probe(weights: Floats, spec: TensorSpec, statistics: Statistics | None) -> Packed:
+        assert statistics is not None
+        seen[spec.name] = statistics
+        return METHODS["rtn"].quantize(weights, spec, None)
+
+    monkeypatch.setitem(METHODS, "probe", Method(probe, "gram"))
+    out = convert(source, tmp_path / "model", **options(method="probe"))
+    exact = convert(source, tmp_path / "exact", format="f32")
+    texts = texts_of(source)
+    with_loss, without = products_of(out, texts), products_of(exact, texts)
+    assert seen.keys() == {name for name in with_loss if not name.startswith("+")}
+    for name, found in seen.items():
+        x, other = with_loss[name].astype(np.float64), without[name].astype(np.float64)
+        assert found.gram is not None and found.drift is not None
+        np.testing.assert_allclose(found.gram, x.T @ x, rtol=0, atol=1e-5 * np.diag(x.T @ x).max())
+        drift = (other - x).T @ x
+        np.testing.assert_allclose(found.drift, drift, rtol=0, atol=1e-4 * np.abs(drift).max())
+        assert (found.ahead is not None) == (f"+{name}" in with_loss)
+        if found.ahead is not None:
+            residual = (without[f"+{name}"] - with_loss[f"+{name}"]).astype(np.float64).T @ x
+            np.testing.assert_allclose(found.ahead, residual, rtol=0, atol=1e-4 * np.abs(residual).max())
+    assert np.abs(seen["layers.0.wq"].drift).max() > 0  # of the embeddings
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "again", **options(method="probe", resume=True, progress=stopped_at("layers.0.wo")))
+    before = seen.copy()
+    again = convert(source, tmp_path / "again", **options(method="probe", resume=True))
+    assert listing(again) == listing(out)
+    assert all(np.array_equal(seen[name].drift, before[name].drift) for name in seen)
+
+
+def test_gptq_comes_nearer_to_the_original_and_goes_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    made = {method: convert(source, tmp_path / method, **options(method=method)) for method in ("imatrix", "gptq")}
+    verify(made["gptq"])
+    texts, exact = texts_of(source), convert(source, tmp_path / "exact", format="f32")
+    wanted = products_of(exact, texts)["output"]
+    off = {m: float(((products_of(path, texts)["output"] - wanted) ** 2).sum()) for m, path in made.items()}
+    assert off["gptq"] < 0.8 * off["imatrix"]
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "again", **options(method="gptq", resume=True, progress=stopped_at("layers.0.wo")))
+    assert listing(convert(source, tmp_path / "again", **options(method="gptq", resume=True))) == listing(made["gptq"])
 
 
 # ---- going on, threads, memory ---------------------------------------------------------------------------------------

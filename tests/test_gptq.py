@@ -169,3 +169,20 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     assert np.array_equal(problem.factor, np.triu(problem.factor))
     assert sorted(problem.order) == list(range(200))
     assert inverse(np.float32([2, 0]))[1] == 0
+
+
+def test_corrected_weights_are_the_damped_least_squares() -> None:
+    """Where the error's gradient in W' vanishes: (W'x − Wx̂ − (r̂ − r))·xᵀ + λ(W' − W) = 0, over all tokens."""
+    rng = np.random.default_rng(8)
+    x = inputs(rng, 300, 40).astype(np.float64)
+    original, ahead = x + 0.1 * rng.normal(size=x.shape), 0.2 * rng.normal(size=(300, 12))
+    weights = rng.normal(size=(12, 40)).astype(np.float32)
+    gram = x.T @ x
+    known = Statistics(
+        300, np.diag(gram), *(part.astype(np.float32) for part in (gram, (original - x).T @ x, ahead.T @ x))
+    )
+    found = np.concatenate([known.corrected(weights[rows], rows) for rows in (slice(0, 5), slice(5, 12))])
+    damping = 0.1 * gram.diagonal().mean()
+    gradient = (x @ found.T - original @ weights.T.astype(np.float64) - ahead).T @ x + damping * (found - weights)
+    assert np.abs(gradient).max() < 1e-3 * np.abs(ahead.T @ x).max()
+    assert Statistics(300, np.diag(gram), known.gram).corrected(weights, slice(0, 12)) is weights

@@ -54,8 +54,8 @@ class Statistics:
         if self.ahead is not None:
             moved += self.ahead[rows]
         inverse: NDArray[np.float32] = self.once("inverse", self._inverse)
-        wanted: NDArray[np.float32] = weights + moved @ inverse
-        return wanted
+        wanted = weights + moved @ inverse
+        return wanted.astype(np.float32, copy=False)
 
     def _inverse(self) -> NDArray[np.float32]:
         assert self.gram is not None
