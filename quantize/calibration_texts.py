@@ -63,11 +63,17 @@ class Texts:
 
 
 def read_texts(
-    wish: Calibration, files: Mapping[str, bytes], config: Mapping[str, Any], where: str, sample: Callable[[Path], Path]
+    wish: Calibration,
+    files: Mapping[str, bytes],
+    config: Mapping[str, Any],
+    where: str,
+    sample: Callable[[Path], Path],
+    place: Path,
 ) -> Texts:
     """The texts of a calibration for the model with these tokenizer files and this config.
 
-    where: what messages call the source. sample: converts the source into a folder that is given, for `self`.
+    where: what messages call the source. sample: converts the source into a folder that is given, below
+    `place`, for `self`.
     Raises QuantizeError where there is nothing to make texts of.
     """
     tokenizer = _tokenizer(files, config, where)
@@ -76,7 +82,7 @@ def read_texts(
     opening = opening[:1] if opening[:1] == [tokenizer.bos_id] else []
     n_texts = -(-wish.tokens // length)
     if wish.name == SELF:
-        return Texts(SELF, _sampled(sample, opening, n_texts, length, where))
+        return Texts(SELF, _sampled(sample, place, opening, n_texts, length, where))
     if wish.name == MIX:
         documents = package_files("quantize").joinpath("data", _MIX_FILE).read_text("utf-8").split("\f\n")
         texts = _cut(_stream(tokenizer, documents), opening, n_texts - n_texts // _RANDOM_SHARE, length)
@@ -139,15 +145,15 @@ def _read_file(path: Path, tokens: int) -> list[str]:
 
 
 def _sampled(
-    sample: Callable[[Path], Path], opening: Sequence[int], n_texts: int, length: int, where: str
+    sample: Callable[[Path], Path], place: Path, opening: Sequence[int], n_texts: int, length: int, where: str
 ) -> tuple[Ids, ...]:
     """What the model says by itself, at temperature 1 and with fixed seeds, from its opening token or any token."""
     try:
         from pyllama import LLM
     except ImportError as error:
         raise QuantizeError(f"{where}: the model cannot be sampled from: {error}") from None
-    with tempfile.TemporaryDirectory(prefix="pyllama-self-") as place:
-        folder = sample(Path(place) / "model")
+    with tempfile.TemporaryDirectory(prefix=".self-", dir=place) as passing:
+        folder = sample(Path(passing) / "model")
         with LLM(folder, n_ctx=length) as llm:
             first = np.random.Generator(np.random.PCG64(6)).integers(0, llm.tokenizer.vocab_size, n_texts)
             prompts = [list(opening) or [int(token)] for token in first]

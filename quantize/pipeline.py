@@ -77,9 +77,9 @@ def write_plan(
         files[GENERATION_FILE] = (json.dumps(plan.source.generation_config, indent=2) + "\n").encode()
     specs, config = [item.spec for item in plan.tensors], plan.config()
     threads = threads or min(_MAX_THREADS, _cores())
-    texts = _texts(plan, files, config, max_memory, threads)
-    files |= golden_files(files, config, plan.source.identity["name"])
     target = Path(out).resolve()
+    texts = _texts(plan, files, config, target.parent, max_memory, threads)
+    files |= golden_files(files, config, plan.source.identity["name"])
     watched = _Watched((*plan.source.files, *read_now))
     if resume and is_written(target, specs, config, files, after=watched.newest):
         clear(target)
@@ -104,18 +104,24 @@ def write_plan(
 
 
 def _texts(
-    plan: Plan, files: dict[str, bytes], config: dict[str, Any], max_memory: int | None, threads: int
+    plan: Plan, files: dict[str, bytes], config: dict[str, Any], place: Path, max_memory: int | None, threads: int
 ) -> Texts | None:
-    """The texts of a plan that calibrates, which its config then tells of."""
+    """The texts of a plan that calibrates, which its config then tells of. place: where there is room for a model."""
     if plan.calibration is None:
         return None
 
     def sample(folder: Path) -> Path:
         from .convert import make_plan
 
-        return write_plan(make_plan(plan.source), folder, max_memory=max_memory, threads=threads)
+        whole = make_plan(plan.source)
+        if max_memory is not None and resident_bytes()[0] + whole.payload_bytes > max_memory:
+            raise QuantizeError(
+                f"--max-memory {max_memory / 1e6:.0f} MB: to sample from the model it is opened whole, "
+                f"{whole.payload_bytes / 1e6:.0f} MB; calibrate with a file"
+            )
+        return write_plan(whole, folder, max_memory=max_memory, threads=threads)
 
-    texts = read_texts(plan.calibration, files, config, plan.source.identity["name"], sample)
+    texts = read_texts(plan.calibration, files, config, plan.source.identity["name"], sample, place)
     config["quantization"]["calibration"] = texts.record()
     return texts
 

@@ -83,7 +83,9 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def texts_of(source: Path, name: str = "mix", tokens: int = TOKENS) -> Texts:
     opened = open_source(source)
-    return read_texts(Calibration(name, tokens), opened.tokenizer_files(), opened.config, "here", lambda path: path)
+    return read_texts(
+        Calibration(name, tokens), opened.tokenizer_files(), opened.config, "here", lambda path: path, Path()
+    )
 
 
 # ---- the fixed point -------------------------------------------------------------------------------------------------
@@ -336,6 +338,9 @@ def test_self(source: Path, tmp_path: Path) -> None:
     again = convert(source, tmp_path / "again", **options(calibration="self"))
     assert listing(out) == listing(again)
     assert names(tmp_path) == ["again", "model"]
+    with pytest.raises(QuantizeError, match="to sample from the model it is opened whole, 0 MB; calibrate with a file"):
+        convert(source, tmp_path / "third", **options(calibration="self", max_memory=1_000_000))
+    assert names(tmp_path) == ["again", "model"]
     with LLM(convert(source, tmp_path / "plain"), n_ctx=256) as llm:
         said = [1, *llm.generate([1], max_tokens=255, temperature=1.0, seed=0, ignore_eos=True).token_ids]
 
@@ -343,7 +348,7 @@ def test_self(source: Path, tmp_path: Path) -> None:
         return convert(source, path)
 
     opened = open_source(source)
-    texts = read_texts(Calibration("self", 1), opened.tokenizer_files(), opened.config, "here", sample)
+    texts = read_texts(Calibration("self", 1), opened.tokenizer_files(), opened.config, "here", sample, tmp_path)
     assert [list(ids) for ids in texts.ids] == [said]
 
 
