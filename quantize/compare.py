@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,34 +103,38 @@ def compare(
         if not is_model_folder(Path(path)):
             raise QuantizeError(f"{path}: is no model folder that quantize wrote; give the output of a conversion")
     base_format, n_ctx = _as_stored(reference)
-    with LLM(reference, n_ctx=n_ctx, format=base_format) as base:
-        chunks = _chunks(base, text, max_tokens)
-        total = sum(map(len, chunks)) * len(models)
-        compared, done = [], 0
-        for path in models:
-            with LLM(path, n_ctx=n_ctx) as model:
-                _check_same_vocabulary(base, model)
-                sums = _Sums()
-                for chunk in chunks:
-                    sums.add(base.logits(chunk), model.logits(chunk), chunk)
-                    done += len(chunk)
-                    if progress is not None:
-                        progress(done, total, str(path))
-            folder = read_model_folder(path)
-            specs = [tensor.spec for tensor in folder.tensors.values()]
-            n_bytes = sum(spec.payload_bytes for spec in specs)
-            compared.append(
-                Comparison(
-                    model=str(path),
-                    reference=str(reference),
-                    reference_format=base_format or "as it is opened",
-                    bits_per_weight=n_bytes * 8 / sum(spec.n_weights for spec in specs),
-                    payload_bytes=n_bytes,
-                    divergence=sums.divergence(),
-                    tensors=tuple(_tensor_errors(path, reference)),
-                )
-            )
-    return compared
+    with ExitStack() as opened:
+        base = opened.enter_context(LLM(reference, n_ctx=n_ctx, format=base_format))
+        others = [opened.enter_context(LLM(path, n_ctx=n_ctx)) for path in models]
+        for model in others:
+            _check_same_vocabulary(base, model)
+        chunks, sums, done = _chunks(base, text, max_tokens), [_Sums() for _ in models], 0
+        for chunk in chunks:
+            expected = base.logits(chunk)
+            for path, model, kept in zip(models, others, sums, strict=True):
+                kept.add(expected, model.logits(chunk), chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, sum(map(len, chunks)) * len(models), str(path))
+    return [
+        _comparison(path, reference, base_format, kept.divergence()) for path, kept in zip(models, sums, strict=True)
+    ]
+
+
+def _comparison(
+    model: str | os.PathLike[str], reference: str | os.PathLike[str], format: str | None, divergence: Divergence
+) -> Comparison:
+    specs = [tensor.spec for tensor in read_model_folder(model).tensors.values()]
+    n_bytes = sum(spec.payload_bytes for spec in specs)
+    return Comparison(
+        model=str(model),
+        reference=str(reference),
+        reference_format=format or "as it is opened",
+        bits_per_weight=n_bytes * 8 / sum(spec.n_weights for spec in specs),
+        payload_bytes=n_bytes,
+        divergence=divergence,
+        tensors=tuple(_tensor_errors(model, reference)),
+    )
 
 
 def _as_stored(reference: str | os.PathLike[str]) -> tuple[str | None, int]:
