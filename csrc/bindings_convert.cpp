@@ -133,17 +133,18 @@ Array<float> from_f16(const Array<uint16_t>& halves, const std::string& isa) {
   return out;
 }
 
-// `tiles` [ceil(N/16), blocks, 16, 4] is written in place.
+// `tiles` [ceil(N/16), lines, 16, 4] is written in place.
 void put_codes(const Array<uint8_t>& codes, Array<uint8_t>& tiles, int bits) {
   need(codes.ndim() == 2 && tiles.ndim() == 4 && tiles.shape(2) == 16 && tiles.shape(3) == 4,
-       "codes must be [N, K], tiles [tiles, blocks, 16, 4]");
-  const int64_t n_rows = codes.shape(0), n_columns = codes.shape(1), n_blocks = tiles.shape(1);
-  need(bits == 4 || bits == 8, "bits must be 4 or 8");
-  need(tiles.shape(0) == (n_rows + 15) / 16 && n_blocks * (32 / bits) >= n_columns, "tiles do not fit the codes");
+       "codes must be [N, K], tiles [tiles, lines, 16, 4]");
+  const int64_t n_rows = codes.shape(0), n_columns = codes.shape(1), n_lines = tiles.shape(1);
+  need(bits == 4 || bits == 5 || bits == 6 || bits == 8, "bits must be 4, 5, 6 or 8");
+  need(tiles.shape(0) == (n_rows + 15) / 16 && n_lines % bits == 0 && n_lines / bits * 32 >= n_columns,
+       "tiles do not fit the codes");
   const uint8_t* in = codes.data();
   uint8_t* out = tiles.mutable_data();
   const py::gil_scoped_release release;
-  convert::put_codes(in, n_rows, n_columns, bits, n_blocks, out);
+  convert::put_codes(in, n_rows, n_columns, bits, n_lines, out);
 }
 
 // `tiles` [ceil(N/16), columns, 16] is written in place.
@@ -183,7 +184,7 @@ void bind_convert(py::module_ m) {
   m.def("from_f16", &from_f16, py::arg("halves").noconvert(), py::arg("isa") = "",
         "Bits of half-precision numbers -> float32, exactly.");
   m.def("put_codes", &put_codes, py::arg("codes").noconvert(), py::arg("tiles").noconvert(), py::arg("bits"),
-        "Codes [N, K] into tiles [tiles, blocks, 16, 4], in place.");
+        "Codes [N, K] of 4, 5, 6 or 8 bits into tiles [tiles, lines, 16, 4], in place.");
   m.def("put_columns", &put_columns, py::arg("values").noconvert(), py::arg("tiles").noconvert(),
         "Numbers [N, width] of 1, 2 or 4 bytes into tiles [tiles, columns, 16], in place.");
 }

@@ -86,8 +86,9 @@ void set_codebook(const WeightSpec& spec, const FormatInfo& row, Weight& w) {
     check(spec.codebook.empty(), spec.name, ": a codebook, but ", row.name, " has none");
     return;
   }
-  check(spec.codebook.size() == 16, spec.name, ": codebook of ", spec.codebook.size(), " entries, expected 16");
-  for (size_t i = 0; i < 16; ++i) {
+  const size_t n = size_t{1} << row.code_bits;
+  check(spec.codebook.size() == n, spec.name, ": codebook of ", spec.codebook.size(), " entries, expected ", n);
+  for (size_t i = 0; i < n; ++i) {
     const int entry = spec.codebook[i];
     check(entry >= -127 && entry <= 127, spec.name, ": codebook entry ", entry, ", expected -127…127");
     w.codebook[i] = static_cast<int8_t>(entry);

@@ -19,8 +19,8 @@ struct Weight {
   int N = 0;                             // output rows
   int K = 0;                             // input columns; 0 for a vector
   int group = 0;                         // columns per scale; 0 for dense formats
-  std::array<int8_t, 16> codebook{};     // q4nl
-  const uint8_t* codes = nullptr;        // [Np/16][Kp/8 or Kp/4][16][4], or dense [Np/16][Kp][16]
+  std::array<int8_t, 32> codebook{};     // 16 of q4nl, 32 of q5nl
+  const uint8_t* codes = nullptr;        // [Np/16][Kp/32][code_bits][16][4], or dense [Np/16][Kp][16]
   const uint8_t* scales = nullptr;       // [Np/16][groups][16]
   const uint8_t* offsets = nullptr;      // [Np/16][groups][16], q4a
   const int32_t* input_order = nullptr;  // [K], q4a, optional

@@ -17,7 +17,17 @@ MAX_BATCH_TOK = 512  # of a step, unless somebody asks the engine for more
 
 _PLACE = 256  # what shares a piece of device memory begins at multiples of this
 _CHUNK_COLUMNS = 64
-_CODE_LOADS = {"f32": 8, "f16": 4, "bf16": 4, "q8": 2, "q4": 1, "q4a": 1, "q4nl": 1}  # of 16 bytes a lane and chunk
+_CODE_LOADS = {
+    "f32": 8,
+    "f16": 4,
+    "bf16": 4,
+    "q8": 2,
+    "q4": 1,
+    "q4a": 1,
+    "q4nl": 1,
+    "q5nl": 2,
+    "q6": 2,
+}  # of 16 bytes a lane and chunk
 _CACHE_GROUP = 32  # dimensions of a scale of the q8 cache
 _PANEL_TOK = 8
 _LOGIT_ROWS = 64  # of logits on the device

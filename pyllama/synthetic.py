@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .common.formats import FORMATS, Q4NL_CODEBOOK, TILE_ROWS, TensorSpec, from_float32
+from .common.formats import CODEBOOKS, FORMATS, TILE_ROWS, TensorSpec, from_float32
 from .common.model_folder import expected_tensors, is_optional
 from .open import OpenedModel, native_weight
 
@@ -71,7 +71,7 @@ def synthetic_specs(config: Mapping[str, Any], format: str, group: int = 32) -> 
     numbers: dict[str, Any] = {
         "group": group if info.quantized else 0,
         "offset": "f16" if info.has_offset else "",
-        "codebook": Q4NL_CODEBOOK if info.has_codebook else (),
+        "codebook": CODEBOOKS.get(format, ()),
     }
     return [
         TensorSpec(name, "f32", shape) if len(shape) == 1 else TensorSpec(name, format, shape, **numbers)

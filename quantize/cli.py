@@ -54,6 +54,8 @@ formats:  f32 f16 bf16   the numbers themselves
           q4             4 bits, even steps (4.5)
           q4a            4 bits, a scale and a minimum per group (5.0)
           q4nl           4 bits, steps that grow with the magnitude: the best at its size (4.5)
+          q5nl           5 bits, the same (5.5)
+          q6             6 bits, even steps (6.5)
 
 examples: quantize SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2     without loss
           quantize Llama-3.2-1B -o llama-1b-q4nl --format q4nl

@@ -16,9 +16,9 @@ from typing import Any
 
 from pyllama.common.errors import QuantizeError
 from pyllama.common.formats import (
+    CODEBOOKS,
     FORMATS,
     GROUPS,
-    Q4NL_CODEBOOK,
     VERSION,
     TensorSpec,
 )
@@ -267,7 +267,7 @@ def _plan_tensor(name: str, tensor: SourceTensor, wanted: str | None, group_size
         tensor.shape,
         group=group_size or DEFAULT_GROUP,
         offset="f16" if FORMATS[format].has_offset else "",
-        codebook=Q4NL_CODEBOOK if FORMATS[format].has_codebook else (),
+        codebook=CODEBOOKS.get(format, ()),
     )
     return Planned(tensor, spec, "quantize")
 

@@ -20,6 +20,7 @@ from pyllama.common.rope import inv_freq
 from .oracle import Llama
 
 CODEBOOK = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+CODEBOOK32 = tuple(8 * step - 127 + step**2 % 7 for step in range(32))  # no steps alike, no symmetry
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,14 @@ class Kind:
         """A vector is f32 whatever the kind."""
         if len(shape) == 1:
             return TensorSpec(name, "f32", shape)
-        codebook = CODEBOOK if FORMATS[self.format].has_codebook else ()
+        row = FORMATS[self.format]
+        codebook = (CODEBOOK if row.code_bits == 4 else CODEBOOK32) if row.has_codebook else ()
         return TensorSpec(name, self.format, shape, self.group, self.scale, self.offset, codebook, self.input_order)
 
 
 DENSE = [Kind("f32"), Kind("f16"), Kind("bf16")]
 QUANTIZED = [
-    *(Kind(name, group) for name in ("q8", "q4", "q4nl") for group in (32, 64, 128)),
+    *(Kind(name, group) for name in ("q8", "q4", "q4nl", "q5nl", "q6") for group in (32, 64, 128)),
     Kind("q4a", 32, "f16", "f16"),
     Kind("q4a", 64, "bf16", "bf16"),
     Kind("q4a", 128, "f16", "u8"),
@@ -130,8 +132,8 @@ def random_packed(spec: TensorSpec, rng: np.random.Generator) -> Packed:
     if not spec.info.quantized:
         return dense(spec, (rng.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32))
     bits = spec.info.code_bits
-    codes = rng.integers(-128, 128, (n, k)).astype(np.int8) if bits == 8 else rng.integers(0, 16, (n, k), np.uint8)
-    spread = 5.0 if bits == 4 and not spec.codebook else 75.0  # of the codes, about
+    codes = rng.integers(-128, 128, (n, k)).astype(np.int8) if bits == 8 else rng.integers(0, 2**bits, (n, k), np.uint8)
+    spread = 75.0 if spec.codebook else 0.3 * 2**bits  # of the codes, about
     sizes = rng.uniform(0.5, 1.5, (n, spec.n_groups)) * rng.choice([-1.0, 1.0], (n, spec.n_groups))
     scales = _stored(sizes / (spread * np.sqrt(k)), spec.scale)
     offsets = None

@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from pyllama.common.formats import Q4NL_CODEBOOK, Packed, TensorSpec, dense, dequantize, from_float32, pack
+from pyllama.common.formats import (
+    Q4NL_CODEBOOK,
+    Q5NL_CODEBOOK,
+    Packed,
+    TensorSpec,
+    dense,
+    dequantize,
+    from_float32,
+    pack,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "formats.json"
 
@@ -31,6 +40,8 @@ SPECS = (
     TensorSpec("q4a zero point", "q4a", (5, 33), 32, "f16", "u8"),
     TensorSpec("q4a input order", "q4a", (3, 37), 32, "f16", "u8", input_order=True),
     TensorSpec("q4nl", "q4nl", (3, 37), 32, codebook=Q4NL_CODEBOOK),
+    TensorSpec("q5nl", "q5nl", (3, 37), 32, codebook=Q5NL_CODEBOOK),
+    TensorSpec("q6", "q6", (17, 37), 64),
 )
 
 
@@ -41,7 +52,7 @@ def example(spec: TensorSpec) -> Packed:
     i, j = np.indices(spec.shape)
     if not spec.info.quantized:
         return dense(spec, ((7 * i + 3 * j + i * j) / 16 - 1.1).astype(np.float32))
-    codes = (7 * i + 3 * j + i * j % 5) % (16 if spec.info.code_bits == 4 else 255)
+    codes = (7 * i + 3 * j + i * j % 5) % (255 if spec.info.code_bits == 8 else 2**spec.info.code_bits)
     if spec.info.code_bits == 8:
         codes -= 127
     row, group = np.indices((spec.shape[0], spec.n_groups))

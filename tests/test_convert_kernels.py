@@ -70,6 +70,7 @@ def check(
 
 
 LARGEST = {"q8": 127 * 65504.0, "q4": 8 * 65504.0, "q4a": 65504.0, "q4nl": 127 * 65504.0}
+LARGEST |= {"q5nl": 127 * 65504.0, "q6": 32 * 65504.0}
 
 
 def drawn(kind: str, shape: tuple[int, int], size: float, seed: int) -> NDArray[np.float32]:

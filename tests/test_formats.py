@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from pyllama.common.errors import ModelFormatError
 from pyllama.common.formats import (
+    CODEBOOKS,
     FORMATS,
     GROUPS,
     Q4NL_CODEBOOK,
@@ -54,7 +55,7 @@ def specs(draw: st.DrawFn, quantized: bool | None = None) -> TensorSpec:
         group=draw(st.sampled_from(GROUPS)) if row.quantized else 0,
         scale=draw(st.sampled_from(["f16", "bf16"])) if row.has_offset else "f16",
         offset=draw(st.sampled_from(["f16", "bf16", "u8"])) if row.has_offset else "",
-        codebook=tuple(draw(st.permutations(Q4NL_CODEBOOK))) if row.has_codebook else (),
+        codebook=tuple(draw(st.permutations(CODEBOOKS[row.name]))) if row.has_codebook else (),
         input_order=draw(st.booleans()) if row.has_offset else False,
     )
 
@@ -69,7 +70,7 @@ def random_bits(spec: TensorSpec, seed: int) -> Packed:
 
     codes = fill(spec.format, spec.shape)
     return Packed(
-        codes & 15 if spec.info.code_bits == 4 else codes,
+        codes & (2**spec.info.code_bits - 1) if spec.info.code_bits < 8 else codes,
         fill(spec.scale, (spec.shape[0], spec.n_groups)) if spec.info.quantized else None,
         fill(spec.offset, (spec.shape[0], spec.n_groups)) if spec.offset else None,
         rng.permutation(spec.shape[1]).astype(np.int32) if spec.input_order else None,
@@ -115,6 +116,19 @@ def read_by_the_document(spec: TensorSpec, payload: bytes) -> dict[str, Any]:
             return byte & 15 if c % 8 < 4 else byte >> 4
 
         found["codes"] = [[bytes([code4(r, c)]) for c in range(k)] for r in range(n)]
+    elif spec.info.code_bits in (5, 6):
+        bits = spec.info.code_bits
+        data = section("codes", tiles * padded * 2 * bits)
+
+        def code56(r: int, c: int) -> int:
+            block = data[((r // 16) * (padded // 32) + c // 32) * 64 * bits :]
+            at, quad = r % 16 * 4 + c % 4, c % 32 // 4
+            nibble = block[quad // 2 * 64 + at] >> 4 * (quad % 2) & 15
+            if bits == 5:
+                return nibble | (block[256 + at] >> quad & 1) << 4
+            return nibble | (block[256 + quad // 4 * 64 + at] >> 2 * (quad % 4) & 3) << 4
+
+        found["codes"] = [[bytes([code56(r, c)]) for c in range(k)] for r in range(n)]
     elif spec.info.code_bits == 8:
         data = section("codes", tiles * padded * 16)
         quads = padded // 4
@@ -185,13 +199,16 @@ def test_golden_file_covers_every_format() -> None:
     assert {spec.offset for spec in SPECS} == {"", "f16", "bf16", "u8"}
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.info.code_bits == 4], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS if spec.info.code_bits in (4, 5, 6)], ids=lambda spec: spec.name
+)
 def test_decoder_printed_in_the_document(spec: TensorSpec) -> None:
-    (code,) = re.findall(r"^    def decode_codes4.*?(?=^\S)", DOCUMENT.read_text(encoding="utf-8") + "\n.", re.M | re.S)
+    (code,) = re.findall(r"^    def decode_codes.*?(?=^\S)", DOCUMENT.read_text(encoding="utf-8") + "\n.", re.M | re.S)
     scope: dict[str, Any] = {"np": np}
     exec(re.sub(r"^    ", "", code, flags=re.M), scope)
     packed = example(spec)
-    np.testing.assert_array_equal(scope["decode_codes4"](pack(spec, packed), *spec.shape), packed.codes)
+    found = scope["decode_codes"](pack(spec, packed), *spec.shape, spec.info.code_bits)
+    np.testing.assert_array_equal(found, packed.codes)
 
 
 @given(specs(), st.integers(0, 2**32 - 1))
@@ -220,7 +237,8 @@ def test_padding_is_zero(spec: TensorSpec) -> None:
         return None if values is None else np.frombuffer(b"\xff" * values.nbytes, values.dtype).reshape(values.shape)
 
     random = random_bits(spec, 0)
-    codes = np.full(spec.shape, 15, np.uint8) if spec.info.code_bits == 4 else ones(random.codes)
+    bits = spec.info.code_bits
+    codes = np.full(spec.shape, 2**bits - 1, np.uint8) if bits < 8 else ones(random.codes)
     full = Packed(codes, ones(random.scales), ones(random.offsets), random.input_order)
     # With every bit of every number set, as many bits are set in the payload.
     n_bits = codes.size * spec.info.code_bits
@@ -269,7 +287,9 @@ def test_values_follow_the_table(spec: TensorSpec, seed: int) -> None:
             code, s = int(packed.codes[r, c]), number(packed.scales[r, c // spec.group], spec.scale)
             if spec.format == "q4":
                 value = s * (code - 8)
-            elif spec.format == "q4nl":
+            elif spec.format == "q6":
+                value = s * (code - 32)
+            elif spec.codebook:
                 value = s * spec.codebook[code]
             elif spec.offset == "u8":
                 value = s * (code - int(packed.offsets[r, c // spec.group]))  # type: ignore[index]

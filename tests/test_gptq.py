@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError, QuantizeError
-from pyllama.common.formats import FORMATS, Q4NL_CODEBOOK, Packed, TensorSpec, dequantize, pack, unpack
+from pyllama.common.formats import CODEBOOKS, FORMATS, Packed, TensorSpec, dequantize, pack, unpack
 from quantize.methods import gptq
 from quantize.methods.gptq import quantize_gptq
 from quantize.methods.rtn import Search, inverse, quantize_rtn
@@ -25,7 +25,7 @@ def spec_of(format: str, shape: tuple[int, int], group: int) -> TensorSpec:
         shape,
         group=group,
         offset="f16" if info.has_offset else "",
-        codebook=Q4NL_CODEBOOK if info.has_codebook else (),
+        codebook=CODEBOOKS.get(format, ()),
     )
 
 

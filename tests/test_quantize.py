@@ -27,7 +27,7 @@ from tests.make_sources import Shape
 
 ODD = Shape(dim=50, hidden_dim=77, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=14, vocab_size=45, biases=True)
 QUANTIZED = [name for name, row in FORMATS.items() if row.quantized]
-BITS = {"q8": 8, "q4": 4, "q4a": 4, "q4nl": 4}
+BITS = {"q8": 8, "q4": 4, "q4a": 4, "q4nl": 4, "q5nl": 5, "q6": 6}
 REPACKED = {"Q4_0": "q4", "Q4_1": "q4a", "Q8_0": "q8"}
 
 

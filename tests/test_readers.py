@@ -35,7 +35,7 @@ Array = NDArray[Any]
 ODD = Shape(dim=64, hidden_dim=96, n_heads=6, n_kv_heads=3, head_dim=32, vocab_size=51)  # head_dim is not dim / n_heads
 WIDE = Shape(dim=256, hidden_dim=256, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=33)  # rows of whole Q6_K blocks
 BLOCK_TYPES = tuple(make.BLOCKS)
-GRIDS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q4_0": "q4", "Q4_1": "q4a", "Q5_0": "q8", "Q8_0": "q8"}
+GRIDS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q4_0": "q4", "Q4_1": "q4a", "Q5_0": "q5nl", "Q8_0": "q8"}
 GRIDS |= {"IQ4_NL": "q4nl", "Q4_K": "q4a", "IQ4_XS": "q4nl", "Q8_K": "q8"}
 ROUNDED = ("Q4_K", "IQ4_XS", "Q8_K")  # scales are rounded to f16
 

@@ -59,7 +59,7 @@ def test_sizes_are_those_of_the_format(kind: Kind, shape: tuple[int, int]) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "q5"}, r'w: format "q5", expected one of f32, f16, bf16, q8, q4, q4a, q4nl'),
+        ({"format": "q5"}, r'w: format "q5", expected one of f32, f16, bf16, q8, q4, q4a, q4nl, q5nl, q6'),
         ({"shape": []}, r"w: shape \[\], expected \[N, K\] or \[N\]"),
         ({"shape": [1, 2, 3]}, r"w: shape \[1, 2, 3\]"),
         ({"shape": [20]}, "w: a vector in format q4, expected f32"),
@@ -80,6 +80,8 @@ def test_sizes_are_those_of_the_format(kind: Kind, shape: tuple[int, int]) -> No
         ({"codebook": list(CODEBOOK)}, "w: a codebook, but q4 has none"),
         ({"format": "q4nl"}, "w: codebook of 0 entries, expected 16"),
         ({"format": "q4nl", "codebook": [1] * 15}, "w: codebook of 15 entries"),
+        ({"format": "q5nl", "codebook": [1] * 16}, "w: codebook of 16 entries, expected 32"),
+        ({"format": "q6"}, "w: 1152 bytes, expected 1664 for q6"),
         ({"format": "q4nl", "codebook": [-128] + [0] * 15}, "w: codebook entry -128, expected -127…127"),
         ({"format": "q4nl", "codebook": [0] * 15 + [128]}, "w: codebook entry 128"),
         ({"input_order": True}, "w: input_order, but only q4a may have one"),

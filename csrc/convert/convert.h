@@ -54,9 +54,9 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
-// codes [n_rows][n_columns] into tiles [ceil(n_rows/16)][n_blocks][16][4], a block being 8 columns of 4 bits or 4 of 8.
+// codes [n_rows][n_columns] into tiles [ceil(n_rows/16)][n_lines][16][4], `bits` lines being 32 columns (FORMAT.md).
 // Padding is written as zeros.
-void put_codes(const uint8_t* codes, int64_t n_rows, int64_t n_columns, int bits, int64_t n_blocks, uint8_t* tiles);
+void put_codes(const uint8_t* codes, int64_t n_rows, int64_t n_columns, int bits, int64_t n_lines, uint8_t* tiles);
 
 // values [n_rows][width] of 1, 2 or 4 bytes into tiles [ceil(n_rows/16)][n_columns][16]. Padding is written as zeros.
 void put_columns(const void* values, int64_t n_rows, int64_t width, int bytes, int64_t n_columns, void* tiles);

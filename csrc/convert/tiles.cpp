@@ -37,6 +37,32 @@ void put_row(const uint8_t* codes, int64_t n_columns, int64_t n_blocks, uint8_t*
   }
 }
 
+// Codes of 5 or 6 bits: nibbles of 32 columns, then planes of the bits above them.
+template <int kBits>
+void put_row_with_planes(const uint8_t* codes, int64_t n_columns, int64_t n_lines, uint8_t* out) {
+  constexpr int kAbove = kBits - 4, kPerByte = 8 / kAbove;
+  constexpr uint32_t kMask = 0x01010101u * ((1u << kAbove) - 1);
+  for (int64_t first = 0; first < n_lines / kBits * 32; first += 32) {
+    uint8_t padded[32] = {};
+    const uint8_t* here = codes + first;
+    if (first + 32 > n_columns) {
+      if (first < n_columns) memcpy(padded, here, n_columns - first);
+      here = padded;
+    }
+    uint32_t lines[kBits] = {};
+    for (int quad = 0; quad < 8; ++quad) {
+      uint32_t four;
+      memcpy(&four, here + quad * 4, 4);
+      lines[quad / 2] |= (four & 0x0f0f0f0fu) << quad % 2 * 4;
+      lines[4 + quad / kPerByte] |= (four >> 4 & kMask) << quad % kPerByte * kAbove;
+    }
+    for (const uint32_t line : lines) {
+      memcpy(out, &line, 4);
+      out += kRows * 4;
+    }
+  }
+}
+
 template <class T>
 void put_columns_of(const T* values, int64_t n_rows, int64_t width, int64_t n_columns, T* tiles) {
   constexpr int64_t kStep = 16;  // columns at a time: their lines stay in the first-level cache
@@ -55,17 +81,21 @@ void put_columns_of(const T* values, int64_t n_rows, int64_t width, int64_t n_co
 
 }  // namespace
 
-void put_codes(const uint8_t* codes, int64_t n_rows, int64_t n_columns, int bits, int64_t n_blocks, uint8_t* tiles) {
+void put_codes(const uint8_t* codes, int64_t n_rows, int64_t n_columns, int bits, int64_t n_lines, uint8_t* tiles) {
   for (int64_t tile = 0; tile * kRows < n_rows; ++tile) {
-    uint8_t* out = tiles + tile * n_blocks * kRows * 4;
+    uint8_t* out = tiles + tile * n_lines * kRows * 4;
     const int64_t rows = std::min<int64_t>(kRows, n_rows - tile * kRows);
-    if (rows < kRows) memset(out, 0, n_blocks * kRows * 4);
+    if (rows < kRows) memset(out, 0, n_lines * kRows * 4);
     for (int64_t row = 0; row < rows; ++row) {
       const uint8_t* in = codes + (tile * kRows + row) * n_columns;
       if (bits == 4)
-        put_row<4>(in, n_columns, n_blocks, out + row * 4);
+        put_row<4>(in, n_columns, n_lines, out + row * 4);
+      else if (bits == 5)
+        put_row_with_planes<5>(in, n_columns, n_lines, out + row * 4);
+      else if (bits == 6)
+        put_row_with_planes<6>(in, n_columns, n_lines, out + row * 4);
       else
-        put_row<8>(in, n_columns, n_blocks, out + row * 4);
+        put_row<8>(in, n_columns, n_lines, out + row * 4);
     }
   }
 }

@@ -14,13 +14,16 @@ float number_at(const uint8_t* p, int64_t index, Number type) {
   return type == Number::bf16 ? bf16_to_float(h) : f16_to_float(h);
 }
 
-// The stored code of column k: 0…15 for 4-bit formats, int8 for q8.
+// The stored code of column k: int8 for q8, else 0…2^code_bits − 1: a nibble, and what is above it in a plane.
 int code_at(const Weight& w, int64_t tile, int lane, int k) {
-  if (info(w.format).code_bits == 8) {
-    return static_cast<int8_t>(w.codes[((tile * (w.Kp() / 4) + k / 4) * 16 + lane) * 4 + k % 4]);
-  }
-  const uint8_t byte = w.codes[((tile * (w.Kp() / 8) + k / 8) * 16 + lane) * 4 + k % 4];
-  return k % 8 < 4 ? byte & 15 : byte >> 4;
+  const int bits = info(w.format).code_bits;
+  const uint8_t* block = w.codes + (tile * (w.Kp() / 32) + k / 32) * bits * 64 + lane * 4 + k % 4;
+  const int quad = k % 32 / 4;
+  if (bits == 8) return static_cast<int8_t>(block[quad * 64]);
+  const int low = block[quad / 2 * 64] >> (quad % 2 * 4) & 15;
+  if (bits == 4) return low;
+  const int above = bits - 4, per_byte = 8 / above;  // bits in the plane, quads that share a byte of it
+  return low | (block[(4 + quad / per_byte) * 64] >> (quad % per_byte * above) & ((1 << above) - 1)) << 4;
 }
 
 }  // namespace

@@ -56,7 +56,7 @@ struct WeightView {
   Number scale_type, offset_type;
   int N, K, Kp;            // Kp: K padded to 32
   int group, groups;       // columns per scale, ceil(K / group)
-  const int8_t* codebook;  // [16]
+  const int8_t* codebook;  // [32]
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* offsets;

@@ -188,7 +188,7 @@ void multiply_pass(const MatmulArgs& a, const Pass& pass, Strip& s, int m0, int 
   }
 }
 
-void multiply_panel(const MatmulArgs& a, __m512i table, int tile, int tiles, int m0, int count, Strip& s) {
+void multiply_panel(const MatmulArgs& a, const CodeTable& table, int tile, int tiles, int m0, int count, Strip& s) {
   const int all_blocks = a.w.Kp / 32;
   for (int block0 = 0, blocks; block0 < all_blocks; block0 += blocks) {
     blocks = all_blocks - block0 <= kMostBlocks ? all_blocks - block0 : kChunkBlocks;
@@ -200,7 +200,7 @@ void multiply_panel(const MatmulArgs& a, __m512i table, int tile, int tiles, int
 
 void many_tokens(const MatmulArgs& a, int tile_begin, int tile_end, int done) {
   Strip strip;
-  const __m512i table = code_table(a.w);
+  const CodeTable table = code_table(a.w);
   configure_tiles(16, 32, 8);
   for (int m = 0; m < done; m += kPanelTok) {
     const int count = done - m < kPanelTok ? done - m : kPanelTok;

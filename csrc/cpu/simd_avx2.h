@@ -101,6 +101,17 @@ inline VI broadcast4(const int8_t* a) {
 using WU = __m256i;
 using Table = __m256i;
 inline WU wu_codes(VB codes) { return codes; }
+inline __m256i look_up32(const Table& low, const Table& high, VB codes, VB plane, int bit) {
+  return _mm256_blendv_epi8(_mm256_shuffle_epi8(low, codes), _mm256_shuffle_epi8(high, codes),
+                            _mm256_slli_epi16(plane, 7 - bit));
+}
+// 4 · code of 6 bits.
+inline __m256i join_six(VB bytes, bool high, VB plane, int pair) {
+  const __m256i nibbles = high ? _mm256_srli_epi16(bytes, 2) : _mm256_slli_epi16(bytes, 2);
+  const __m256i above = _mm256_slli_epi16(plane, 6 - 2 * pair);
+  return _mm256_or_si256(_mm256_and_si256(nibbles, _mm256_set1_epi8(0x3c)),
+                         _mm256_and_si256(above, _mm256_set1_epi8(-64)));
+}
 
 #ifdef PYLLAMA_DPBUSD
 
@@ -112,6 +123,10 @@ inline Table table_load(const int8_t* codebook) {
   return _mm256_xor_si256(_mm256_broadcastsi128_si256(t), _mm256_set1_epi8(-128));
 }
 inline WS ws_lookup(const Table& t, VB codes) { return _mm256_shuffle_epi8(t, codes); }
+inline WS ws_lookup32(const Table& low, const Table& high, VB codes, VB plane, int bit) {
+  return look_up32(low, high, codes, plane, bit);
+}
+inline WS ws_fours(VB bytes, bool high, VB plane, int pair) { return join_six(bytes, high, plane, pair); }
 inline WS ws_bytes(VB bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) { return PYLLAMA_DPBUSD(acc, w, broadcast4(a + k)); }
 inline VI dot_bytes(VI acc, VB bytes, const int8_t* p, int k) { return PYLLAMA_DPBUSD(acc, broadcast4(p + k), bytes); }
@@ -133,6 +148,12 @@ inline Table table_load(const int8_t* codebook) {
 }
 inline WS ws_bytes(VB bytes) { return {bytes, _mm256_abs_epi8(bytes)}; }
 inline WS ws_lookup(const Table& t, VB codes) { return ws_bytes(_mm256_shuffle_epi8(t, codes)); }
+inline WS ws_lookup32(const Table& low, const Table& high, VB codes, VB plane, int bit) {
+  return ws_bytes(look_up32(low, high, codes, plane, bit));
+}
+inline WS ws_fours(VB bytes, bool high, VB plane, int pair) {
+  return ws_bytes(_mm256_xor_si256(join_six(bytes, high, plane, pair), _mm256_set1_epi8(-128)));
+}
 inline VI add_pairs(VI acc, __m256i words) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
 }

@@ -106,6 +106,19 @@ inline Table table_load(const int8_t* codebook) {
 }
 inline WS ws_lookup(const Table& t, VB codes) { return _mm512_shuffle_epi8(t, codes); }
 inline WS ws_bytes(VB bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+inline WS ws_lookup32(const Table& low, const Table& high, VB codes, VB plane, int bit) {
+  const __mmask64 above = _mm512_test_epi8_mask(plane, _mm512_set1_epi8(static_cast<char>(1 << bit)));
+  return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(low, codes), above, high, codes);
+}
+// Six bits at the top of each byte, and what is below them: a nibble's neighbours and a pair's.
+inline __m512i join_six(VB bytes, bool high, VB plane, int pair) {
+  const __m512i nibbles = high ? _mm512_srli_epi16(bytes, 2) : _mm512_slli_epi16(bytes, 2);
+  const __m512i above = _mm512_slli_epi16(plane, static_cast<unsigned>(6 - 2 * pair));
+  return _mm512_ternarylogic_epi64(_mm512_set1_epi8(-64), above, nibbles, 0xca);
+}
+inline WS ws_fours(VB bytes, bool high, VB plane, int pair) {  // 4 · (code - 32) + 128
+  return _mm512_and_si512(join_six(bytes, high, plane, pair), _mm512_set1_epi8(-4));
+}
 
 inline VI broadcast4(const int8_t* a) {
   int32_t x;

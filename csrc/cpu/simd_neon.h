@@ -85,6 +85,16 @@ inline WU wu_codes(VB codes) { return codes; }
 inline Table table_load(const int8_t* codebook) { return vld1q_s8(codebook); }
 inline WS ws_lookup(const Table& t, VB codes) { return vqtbl1q_s8(t, codes); }
 inline WS ws_bytes(VB bytes) { return vreinterpretq_s8_u8(bytes); }
+inline WS ws_lookup32(const Table& low, const Table& high, VB codes, VB plane, int bit) {
+  const uint8x16_t above = vtstq_u8(plane, vdupq_n_u8(static_cast<uint8_t>(1 << bit)));
+  return vbslq_s8(above, vqtbl1q_s8(high, codes), vqtbl1q_s8(low, codes));
+}
+inline WS ws_fours(VB bytes, bool high, VB plane, int pair) {
+  const uint8x16_t nibbles = high ? vshrq_n_u8(bytes, 2) : vshlq_n_u8(bytes, 2);
+  const uint8x16_t above = vshlq_u8(plane, vdupq_n_s8(static_cast<int8_t>(6 - 2 * pair)));
+  const uint8x16_t joined = vbslq_u8(vdupq_n_u8(0x3c), nibbles, vandq_u8(above, vdupq_n_u8(0xc0)));
+  return ws_bytes(veorq_u8(joined, vdupq_n_u8(0x80)));
+}
 
 // Sixteen activations come in one register, and a dot product takes four of them; `k` is known when compiling.
 inline VI dot_s(VI acc, const WS& w, const int8_t* a, int k) {

@@ -206,6 +206,22 @@ inline WS ws_lookup(const Table& t, VB codes) {
   for (int i = 0; i < kLanes * 4; i++) w.v[i] = t.v[codes.v[i]];
   return w;
 }
+// Codes of 5 bits: nibbles, and in the plane, at this bit, which of two tables they are looked up in.
+inline WS ws_lookup32(const Table& low, const Table& high, VB codes, VB plane, int bit) {
+  WS w;
+  for (int i = 0; i < kLanes * 4; i++) w.v[i] = (plane.v[i] >> bit & 1 ? high : low).v[codes.v[i]];
+  return w;
+}
+// Four times the weights of codes of 6 bits, less 32: bytes of two nibbles, of which the high ones are wanted or the
+// low ones, and a plane with pairs of bits, of which the one of this number is.
+inline WS ws_fours(VB bytes, bool high, VB plane, int pair) {
+  WS w;
+  for (int i = 0; i < kLanes * 4; i++) {
+    const int nibble = high ? bytes.v[i] >> 4 : bytes.v[i] & 15, above = plane.v[i] >> (2 * pair) & 3;
+    w.v[i] = static_cast<int8_t>(4 * ((above << 4 | nibble) - 32));
+  }
+  return w;
+}
 inline WS ws_bytes(VB bytes) {
   WS w;
   memcpy(w.v, bytes.v, sizeof w.v);

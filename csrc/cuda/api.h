@@ -12,7 +12,7 @@ extern "C" {
 
 // Counted up when a function or a struct changes its meaning or layout. New functions at the end leave it: they show
 // in size_bytes, and a caller asks only for a table that is large enough.
-enum { kPyllamaCudaVersion = 2 };
+enum { kPyllamaCudaVersion = 3 };
 
 typedef enum PyllamaCudaKind {
   kPyllamaCudaOk = 0,
@@ -47,7 +47,7 @@ typedef struct PyllamaCudaWeight {
   int32_t format, scale_type, offset_type;  // Format and Number of csrc/formats.h
   int32_t rows, columns;                    // rows 0: there is no such tensor; columns 0: a vector of floats
   int32_t group;
-  int8_t codebook[16];
+  int8_t codebook[32];
   const uint8_t *codes, *scales, *offsets;
   const int32_t* input_order;  // [columns] or null
   int64_t payload_bytes;

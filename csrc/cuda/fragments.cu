@@ -33,6 +33,7 @@ struct ToFragmentsArgs {
   Source sources[kMaxSources];
   const int32_t* row_map;
   Format format;
+  uint32_t codebook[8];  // q5nl: 32 bytes, each an entry + 128
   Fragments to;
   uint32_t* codes;
   uint32_t* scales;
@@ -59,14 +60,30 @@ PYLLAMA_DEVICE RowOf row_of(const ToFragmentsArgs& args, int row) {
 
 PYLLAMA_DEVICE uint32_t bits_at(const uint8_t* p, int64_t index) { return reinterpret_cast<const uint16_t*>(p)[index]; }
 
-// The stored 4-bit or 8-bit code; 0 in the padding.
+// The stored code of so many bits; 0 in the padding.
 PYLLAMA_DEVICE uint32_t code_at(const RowOf& from, int column, int code_bits) {
   if (!from.there || column >= from.source.padded_columns) return 0;
-  const int per_block = 32 / code_bits;  // columns of a row in a block of the tile
-  const int64_t block =
-      static_cast<int64_t>(from.row / 16) * (from.source.padded_columns / per_block) + column / per_block;
-  const uint32_t byte = from.source.codes[(block * 16 + from.row % 16) * 4 + column % 4];
-  return code_bits == 8 ? byte : column % 8 < 4 ? byte & 15 : byte >> 4;
+  const int64_t block = static_cast<int64_t>(from.row / 16) * (from.source.padded_columns / 32) + column / 32;
+  const uint8_t* const bytes = from.source.codes + block * code_bits * 64 + from.row % 16 * 4 + column % 4;
+  const int quad = column % 32 / 4;
+  if (code_bits == 8) return bytes[quad * 64];
+  const uint32_t low = static_cast<uint32_t>(bytes[quad / 2 * 64]) >> (quad % 2 * 4) & 15;
+  if (code_bits == 4) return low;
+  const int above = code_bits - 4, per_byte = 8 / above;  // bits in the plane, quads that share a byte of it
+  const uint32_t plane = static_cast<uint32_t>(bytes[(4 + quad / per_byte) * 64]) >> (quad % per_byte * above);
+  return low | (plane & ((1u << above) - 1)) << 4;
+}
+
+// The weight + 128, of formats that are bytes here; 128 in the padding.
+PYLLAMA_DEVICE uint32_t byte_at(const ToFragmentsArgs& args, const RowOf& from, int column) {
+  if (!from.there || column >= args.to.columns) return 128;
+  if (args.format == Format::q8) return code_at(from, column, 8) ^ 0x80;
+  if (args.format == Format::q6) return code_at(from, column, 6) + 96;
+  const uint32_t code = code_at(from, column, 5);
+  uint32_t four = 0;
+  PYLLAMA_UNROLL
+  for (uint32_t i = 0; i < 8; i++) four = code / 4 == i ? args.codebook[i] : four;  // no index, as in row_of
+  return four >> (8 * (code % 4)) & 0xff;
 }
 
 PYLLAMA_DEVICE float value_at(const RowOf& from, int column, Format format) {
@@ -171,7 +188,7 @@ PYLLAMA_DEVICE uint32_t word_of_bytes(const ToFragmentsArgs& args, const WordPla
     const int r = 2 * (at.word % 2) + b / 2;
     const RowOf from = row_of(args, 16 * at.tile + row_in_tile(at.lane, r));
     const int fragment = 2 * at.load + at.word / 2;
-    word |= (code_at(from, column_of(at.chunk, fragment, at.lane, r) + b % 2, 8) ^ 0x80) << (8 * b);
+    word |= byte_at(args, from, column_of(at.chunk, fragment, at.lane, r) + b % 2) << (8 * b);
   }
   return word;
 }
@@ -292,6 +309,8 @@ Codes kind_of(Format format) {
     case Format::q4nl:
       return Codes::q4nl;
     case Format::q8:
+    case Format::q5nl:
+    case Format::q6:
       return Codes::q8;
     case Format::f32:
       return Codes::half_pair;
@@ -366,6 +385,9 @@ void to_fragments(Stream& stream, const Weight* const* weights, int n, const int
   }
   args.row_map = row_map;
   args.format = weights[0]->format;
+  for (size_t i = 0; i < 32; i++) {
+    args.codebook[i / 4] |= static_cast<uint32_t>(weights[0]->codebook[i] + 128) << (8 * (i % 4));
+  }
   args.to = shape;
   args.codes = reinterpret_cast<uint32_t*>(const_cast<uint8_t*>(shape.codes));
   args.scales = const_cast<uint32_t*>(shape.scales);

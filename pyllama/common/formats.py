@@ -36,7 +36,7 @@ class FormatInfo:
     code_bits: int  # bits of one stored weight
     quantized: bool  # has groups with scales
     has_offset: bool  # a minimum or a zero point per group
-    has_codebook: bool  # the code is an index into 16 int8 entries
+    has_codebook: bool  # the code is an index into 2^code_bits int8 entries
     code_bias: int  # value = scale * (code - code_bias), where there is no codebook
 
 
@@ -50,11 +50,19 @@ FORMATS: dict[str, FormatInfo] = {
         FormatInfo("q4", 4, True, False, False, 8),
         FormatInfo("q4a", 4, True, True, False, 0),
         FormatInfo("q4nl", 4, True, False, True, 0),
+        FormatInfo("q5nl", 5, True, False, True, 0),
+        FormatInfo("q6", 6, True, False, False, 32),
     )
 }
 
-# The codebook of q4nl unless a method finds a better one: steps grow with magnitude, as weights are denser near zero.
+# Codebooks unless a method finds better ones: steps grow with magnitude, as weights are denser near zero. That of q5nl
+# was fitted (Lloyd) to normal, Laplace and Student numbers in groups of 32, 64 and 128, each by its best scale.
 Q4NL_CODEBOOK = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+Q5NL_CODEBOOK = (
+    *(-127, -110, -95, -84, -75, -67, -59, -51, -43, -36, -30, -24, -18, -12, -7, -2),
+    *(2, 7, 12, 18, 24, 30, 37, 44, 51, 59, 67, 75, 84, 94, 106, 118),
+)
+CODEBOOKS = {"q4nl": Q4NL_CODEBOOK, "q5nl": Q5NL_CODEBOOK}  # a row with has_codebook has one here
 
 # How numbers lie in memory: bf16 has no numpy type, its bits travel as uint16.
 STORAGE: dict[str, np.dtype[Any]] = {
@@ -66,6 +74,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "q4": np.dtype("u1"),
     "q4a": np.dtype("u1"),
     "q4nl": np.dtype("u1"),
+    "q5nl": np.dtype("u1"),
+    "q6": np.dtype("u1"),
 }
 
 
@@ -179,10 +189,9 @@ class TensorSpec:
         offsets = ("f16", "bf16", "u8") if info.has_offset else ("",)
         if self.offset not in offsets:
             self._fail(f"offset {shown(self.offset)}, format {self.format} takes {' or '.join(offsets) or 'none'}")
-        if len(self.codebook) != (16 if info.has_codebook else 0):
-            self._fail(
-                f"{len(self.codebook)} codebook entries, format {self.format} takes {16 if info.has_codebook else 0}"
-            )
+        entries = 2**info.code_bits if info.has_codebook else 0
+        if len(self.codebook) != entries:
+            self._fail(f"{len(self.codebook)} codebook entries, format {self.format} takes {entries}")
         if any(abs(entry) > 127 for entry in self.codebook):
             self._fail(f"codebook {list(self.codebook)}, expected integers of -127 to 127")
         if not isinstance(self.input_order, bool):
@@ -220,8 +229,8 @@ class TensorSpec:
         else:
             tiles, padded = -(-self.shape[0] // TILE_ROWS), round_up(self.shape[1], COLUMN_PAD)
             if self.info.quantized:
-                per_lane = 32 // self.info.code_bits  # columns that a row's four bytes hold
-                plan.append(("codes", codes, (tiles, padded // per_lane, TILE_ROWS, 4)))
+                lines = padded * self.info.code_bits // 32  # of 64 bytes: of 32 columns there are as many as bits
+                plan.append(("codes", codes, (tiles, lines, TILE_ROWS, 4)))
                 plan.append(("scales", STORAGE[self.scale], (tiles, self.n_groups, TILE_ROWS)))
             else:
                 plan.append(("codes", codes, (tiles, padded, TILE_ROWS)))
@@ -307,7 +316,8 @@ def parse_metadata(name: str, text: str) -> dict[str, Any]:
 class Packed:
     """A tensor's stored numbers in plain order, before tiling.
 
-    codes: 4-bit uint8 [N, K] of 0…15; q8 int8 [N, K]; dense float32, float16, uint16 (bf16 bits) [N, K]; float32 [N].
+    codes: uint8 [N, K] of 0…2^code_bits − 1; q8 int8 [N, K]; dense float32, float16, uint16 (bf16 bits) [N, K];
+    float32 [N].
     scales: [N, G] float16, or uint16 holding bf16; None for dense formats.
     offsets: [N, G] float16, uint16 (bf16) or uint8, as the spec's `offset` says; None without.
     input_order: int32 [K], a permutation; None without.
@@ -335,7 +345,7 @@ class Tiles:
 def pack(spec: TensorSpec, packed: Packed, tiles: Tiles | None = None) -> NDArray[np.uint8]:
     """The payload of a tensor: uint8 [spec.payload_bytes], padding zero. `tiles`: another way to the same bytes.
 
-    Raises ModelFormatError when an array's shape or type is not what the spec demands, a code exceeds 15, or
+    Raises ModelFormatError when an array's shape or type is not what the spec demands, a code exceeds its bits, or
     input_order is no permutation. Source: docs/FORMAT.md, "Tiles".
     """
     payload = np.zeros(spec.payload_bytes, dtype=np.uint8)
@@ -456,8 +466,9 @@ def _check_arrays(spec: TensorSpec, packed: Packed, n_rows: int) -> None:
             raise ModelFormatError(f"{spec.name}: {what} {found}, expected {np.dtype(dtype)} {list(shape)}")
 
     check("codes", packed.codes, STORAGE[spec.format], (n_rows, *spec.shape[1:]))
-    if spec.info.code_bits == 4 and packed.codes.max() > 15:
-        raise ModelFormatError(f"{spec.name}: code {int(packed.codes.max())}, expected 0 to 15")
+    most = 2**spec.info.code_bits - 1
+    if spec.info.code_bits < 8 and packed.codes.max() > most:
+        raise ModelFormatError(f"{spec.name}: code {int(packed.codes.max())}, expected 0 to {most}")
     per_group = (n_rows, spec.n_groups)
     for what, values, number in (
         ("scales", packed.scales, spec.scale if spec.info.quantized else ""),
@@ -490,20 +501,49 @@ def _pad(values: NDArray[Any], n_rows: int, n_columns: int) -> NDArray[Any]:
 
 
 def _put_codes(tiled: NDArray[Any], codes: NDArray[Any], bits: int) -> None:
-    """codes [rows, K] into tiled [tiles, octets or quads, 16, 4]."""
-    tiles, blocks = tiled.shape[:2]
-    plain = _pad(codes, tiles * TILE_ROWS, blocks * 32 // bits)
+    """codes [rows, K] into tiled [tiles, lines, 16, 4]."""
+    tiles, lines = tiled.shape[:2]
+    plain = _pad(codes, tiles * TILE_ROWS, lines * 32 // bits)
     if bits == 8:
-        tiled[...] = plain.reshape(tiles, TILE_ROWS, blocks, 4).transpose(0, 2, 1, 3)
-        return
-    halves = plain.reshape(tiles, TILE_ROWS, blocks, 2, 4)
-    both = halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)  # joined before the transpose: half the bytes to move
-    tiled[...] = both.transpose(0, 2, 1, 3)
+        tiled[...] = plain.reshape(tiles, TILE_ROWS, lines, 4).transpose(0, 2, 1, 3)
+    elif bits == 4:
+        halves = plain.reshape(tiles, TILE_ROWS, lines, 2, 4)
+        both = halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)  # joined before the transpose: half the bytes to move
+        tiled[...] = both.transpose(0, 2, 1, 3)
+    else:
+        _put_codes_with_planes(tiled, plain, bits)
+
+
+def _put_codes_with_planes(tiled: NDArray[Any], plain: NDArray[Any], bits: int) -> None:
+    """Of 32 columns: the lines of their nibbles, then one with the fifth bits, or two with the fifth and sixth."""
+    tiles, blocks, above = tiled.shape[0], tiled.shape[1] // bits, bits - 4
+    quads = plain.reshape(tiles, TILE_ROWS, blocks, 8, 4)
+    nibbles = (quads[:, :, :, 0::2] & 15) | (quads[:, :, :, 1::2] & 15) << 4
+    shifts = np.arange(0, 8, above, dtype=np.uint8)[:, None]  # of the quads that share a byte
+    planes = ((quads >> 4).reshape(tiles, TILE_ROWS, blocks, above, 8 // above, 4) << shifts).sum(
+        axis=4, dtype=np.uint8
+    )
+    both = np.concatenate([nibbles, planes], axis=3)  # [tiles, 16, blocks, bits, 4]
+    tiled[...] = both.reshape(tiles, TILE_ROWS, blocks * bits, 4).transpose(0, 2, 1, 3)
+
+
+def _get_codes_with_planes(tiled: NDArray[Any], bits: int) -> NDArray[Any]:
+    """The inverse: [tiles, 16, blocks, 32]."""
+    tiles, blocks, above = tiled.shape[0], tiled.shape[1] // bits, bits - 4
+    lines = tiled.transpose(0, 2, 1, 3).reshape(tiles, TILE_ROWS, blocks, bits, 4)
+    nibbles = np.stack([lines[:, :, :, :4] & 15, lines[:, :, :, :4] >> 4], axis=4)
+    shifts = np.arange(0, 8, above, dtype=np.uint8)[:, None]
+    planes = lines[:, :, :, 4:, None] >> shifts & np.uint8(2**above - 1)
+    shape = (tiles, TILE_ROWS, blocks, 32)
+    codes: NDArray[Any] = nibbles.reshape(shape) | planes.reshape(shape) << 4
+    return codes
 
 
 def _get_codes(tiled: NDArray[Any], n: int, k: int, bits: int) -> NDArray[Any]:
     tiles, blocks = tiled.shape[:2]
     rows_first = tiled.transpose(0, 2, 1, 3)
+    if bits in (5, 6):
+        rows_first = _get_codes_with_planes(tiled, bits)
     if bits == 4:
         rows_first = np.stack([rows_first & 15, rows_first >> 4], axis=3)
     plain = rows_first.reshape(tiles * TILE_ROWS, blocks * 32 // bits)

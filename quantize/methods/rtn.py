@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.formats import FORMATS, GROUPS, Q4NL_CODEBOOK, Packed
+from pyllama.common.formats import CODEBOOKS, FORMATS, GROUPS, Packed
 
 from .. import kernels
 
@@ -31,6 +31,7 @@ _REFITS = 3
 
 # Trial scales put the largest weight at level * factor: below 1 it stays inside the grid, above 1 it is clipped.
 _FACTORS = np.linspace(0.84, 1.39, 12)
+_FACTORS6 = np.linspace(0.94, 1.1, 12)
 _FACTORS8 = np.linspace(0.96, 1.01, 8)
 # Trial ranges of an affine group: each end moved inwards by this share of the range. Rows (start, step), in ranges.
 _SHRINK = (-0.03, 0.0, 0.035, 0.075, 0.12)
@@ -48,8 +49,9 @@ def quantize_rtn(
 ) -> Packed:
     """Quantizes a matrix by rounding to nearest, each group with the best scale found.
 
-    weights: float32 [N, K], finite. format: `q8 q4 q4a q4nl`. group: 32, 64 or 128 columns; the last may be short.
-    codebook: 16 integers of −127…127, some negative and some positive, for q4nl (default Q4NL_CODEBOOK).
+    weights: float32 [N, K], finite. format: `q8 q6 q5nl q4 q4a q4nl`. group: 32, 64 or 128 columns, the last may be
+        short.
+    codebook: integers of −127…127, some negative and some positive: 16 for q4nl, 32 for q5nl (default: CODEBOOKS).
     importance: float32 [K], positive: by what the squared error of each column counts; None: alike.
     Returns codes [N, K] and f16 scales (and, for q4a, f16 minimums) [N, G]. The squared error of a group is never above
     that of rounding with the scale that just covers its largest weight. Raises ModelFormatError naming `name` when a
@@ -57,7 +59,9 @@ def quantize_rtn(
     """
     info = FORMATS.get(format)
     if info is None or not info.quantized or group not in GROUPS:
-        raise ValueError(f"rtn makes q8, q4, q4a and q4nl in groups of 32, 64 or 128; asked for {format} in {group}")
+        raise ValueError(
+            f"rtn makes q8, q6, q5nl, q4, q4a and q4nl in groups of 32, 64 or 128; asked for {format} in {group}"
+        )
     if weights.ndim != 2 or weights.dtype != np.float32:
         raise ValueError(f"weights {weights.dtype} {list(weights.shape)}, expected float32 [N, K]")
     if importance is not None and (importance.shape != weights.shape[1:] or importance.dtype != np.float32):
@@ -110,8 +114,13 @@ class Search:
             self.grid = _Uniform(-127, 127, 0, np.int8)
             self.places = (127 * _FACTORS8).astype(np.float32)
         else:
-            self.grid = _Codebook(codebook or Q4NL_CODEBOOK) if format == "q4nl" else _Uniform(-8, 7, 8, np.uint8)
-            places = np.concatenate([self.grid.low * _FACTORS, self.grid.high * _FACTORS])
+            info = FORMATS[format]
+            if info.has_codebook:
+                self.grid = _Codebook(codebook or CODEBOOKS[format], 2**info.code_bits)
+            else:
+                self.grid = _Uniform(-info.code_bias, info.code_bias - 1, info.code_bias, np.uint8)
+            factors = _FACTORS6 if format == "q6" else _FACTORS
+            places = np.concatenate([self.grid.low * factors, self.grid.high * factors])
             self.places = places.astype(np.float32)
         self.largest = _F16_MAX * max(-self.grid.low, self.grid.high)
 
@@ -197,7 +206,7 @@ def _times(values: Floats, counts: Floats | None) -> Floats:
     return values if counts is None else values * counts
 
 
-# ---- one scale per group: q8, q4, q4nl -------------------------------------------------------------------------------
+# ---- one scale per group: all but q4a --------------------------------------------------------------------------------
 
 
 class _Uniform:
@@ -218,12 +227,14 @@ class _Uniform:
 
 
 class _Codebook:
-    """Sixteen levels in any order. Borders between integers are multiples of 1/2: a table over halves is exact."""
+    """Levels in any order. Borders between integers are multiples of 1/2: a table over halves is exact."""
 
-    def __init__(self, codebook: tuple[int, ...]) -> None:
+    def __init__(self, codebook: tuple[int, ...], size: int) -> None:
         entries = np.array(codebook, dtype=np.float32)
-        if len(codebook) != 16 or not (entries.min() < 0 < entries.max()) or np.abs(entries).max() > 127:
-            raise ValueError(f"codebook {list(codebook)}, expected 16 integers of -127 to 127 on both sides of zero")
+        if len(codebook) != size or not (entries.min() < 0 < entries.max()) or np.abs(entries).max() > 127:
+            raise ValueError(
+                f"codebook {list(codebook)}, expected {size} integers of -127 to 127 on both sides of zero"
+            )
         self.low, self.high = int(entries.min()), int(entries.max())
         middles = (np.arange(512) - 256 + 0.5) / 2
         self.code_of_half = np.abs(middles[:, None] - entries[None, :]).argmin(axis=1).astype(np.uint8)

@@ -38,6 +38,7 @@ Q8_K = np.dtype([("d", "<f4"), ("codes", "i1", 256), ("sums", "<i2", 16)])  # su
 IQ4_XS = np.dtype([("d", "<f2"), ("scales_high", "<u2"), ("scales_low", "u1", 4), ("codes", "u1", (8, 16))])
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+EVEN_LEVELS = tuple(range(-16, 16))  # Q5_0's
 
 
 # ---- what several types share ----------------------------------------------------------------------------------------
@@ -130,9 +131,7 @@ def _five_bits(blocks: Array) -> Codes:
 
 def _repack_q5_0(rows: Array) -> Packed:
     blocks = rows.view(Q5_0)
-    codes = _five_bits(blocks).view(np.int8)
-    codes -= 16
-    return Packed(codes, blocks["d"].copy())
+    return Packed(_five_bits(blocks), blocks["d"].copy())
 
 
 def _decode_q5_0(rows: Array) -> Floats:
@@ -281,7 +280,7 @@ GGUF_TYPES: dict[int, StoredType] = {
     1: DENSE_TYPES["F16"],
     2: StoredType("Q4_0", 32, Q4_0.itemsize, _decode_q4_0, Grid("q4", 32), _repack_q4_0),
     3: StoredType("Q4_1", 32, Q4_1.itemsize, _decode_q4_1, Grid("q4a", 32, offset="f16"), _repack_q4_1),
-    6: StoredType("Q5_0", 32, Q5_0.itemsize, _decode_q5_0, Grid("q8", 32), _repack_q5_0),
+    6: StoredType("Q5_0", 32, Q5_0.itemsize, _decode_q5_0, Grid("q5nl", 32, codebook=EVEN_LEVELS), _repack_q5_0),
     7: StoredType("Q5_1", 32, Q5_1.itemsize, _decode_q5_1),
     8: StoredType("Q8_0", 32, Q8_0.itemsize, _decode_q8_0, Grid("q8", 32), _repack_q8_0),
     10: StoredType("Q2_K", 256, Q2_K.itemsize, _decode_q2_k),

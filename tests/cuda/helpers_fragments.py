@@ -23,6 +23,11 @@ CASES: list[dict[str, object]] = [
     {"format": "q4a", "group": 128, "scale": "f16", "offset": "bf16"},
     *({"format": f} for f in ("f16", "bf16", "f32")),
 ]
+# What the upload makes bytes of: products and their cases are those of q8.
+UPLOADED_CASES: list[dict[str, object]] = [{"format": f, "group": g} for f in ("q5nl", "q6") for g in (32, 128)]
+
+
+BYTES = ("q5nl", "q6", "q8")  # on a device a byte is a weight
 
 
 def case_name(case: dict[str, object]) -> str:
@@ -41,6 +46,12 @@ class Stored:
             self.packed, scales=from_float32(scales, self.spec.scale), offsets=from_float32(offsets, self.spec.offset)
         )
         return Stored(self.spec, kept)
+
+    def codes_on_device(self) -> np.ndarray:
+        codes = self.packed.codes
+        if self.spec.format == "q6":
+            return codes.astype(np.int8) - np.int8(32)
+        return np.array(self.spec.codebook, np.int8)[codes] if self.spec.format == "q5nl" else codes
 
     def scales_float64(self) -> np.ndarray:
         return to_float32(self.packed.scales, self.spec.scale).astype(np.float64)
@@ -78,8 +89,9 @@ def random_weight(
     """Codes, scales (some negative, some zero) and offsets of all sizes; dense ones can be given."""
     rng = np.random.default_rng(seed)
     if spec is None:
-        if format == "q4nl":
-            spec_arguments["codebook"] = tuple(np.sort(rng.choice(np.arange(-127, 128), 16, False)).tolist())
+        if FORMATS[format].has_codebook:
+            entries = rng.choice(np.arange(-127, 128), 2 ** FORMATS[format].code_bits, False)
+            spec_arguments["codebook"] = tuple(np.sort(entries).tolist())
         if format == "q4a":
             spec_arguments.setdefault("offset", "f16")
         spec = TensorSpec("w", format, shape, **spec_arguments)
@@ -90,7 +102,7 @@ def random_weight(
     if spec.format == "q8":
         codes = rng.integers(-128, 128, shape).astype(np.int8)
     else:
-        codes = rng.integers(0, 16, shape).astype(np.uint8)
+        codes = rng.integers(0, 2**spec.info.code_bits, shape).astype(np.uint8)
     groups = (shape[0], spec.n_groups)
     scales = rng.standard_normal(groups) * 2.0 ** rng.integers(-10, -2, groups) * (rng.random(groups) > 0.1)
     offsets = None
@@ -103,7 +115,7 @@ def random_weight(
 
 
 def describe(weights: list[Stored]) -> tuple[np.ndarray, np.ndarray]:
-    """What linear_entries.cpp wants: 26 numbers for each weight, and all payloads behind each other."""
+    """What linear_entries.cpp wants: 42 numbers for each weight, and all payloads behind each other."""
     numbers, payloads, start = [], [], 0
     for w in weights:
         spec = w.spec
@@ -112,7 +124,7 @@ def describe(weights: list[Stored]) -> tuple[np.ndarray, np.ndarray]:
         scale = NUMBERS.index(spec.scale) if spec.info.quantized else 0
         head = [list(FORMATS).index(spec.format), scale, NUMBERS.index(spec.offset), *spec.shape, spec.group]
         head += [at["codes"], at.get("scales", 0), at.get("offsets", 0), int(spec.input_order)]
-        numbers.append([*head, *(spec.codebook or [0] * 16)])
+        numbers.append([*head, *spec.codebook, *[0] * (32 - len(spec.codebook))])
         payloads.append(payload)
         start += payload.size
     return np.array(numbers, np.int64).ravel(), np.concatenate(payloads)
@@ -218,7 +230,7 @@ def reference(weights: list[Stored], row_map: np.ndarray | None = None) -> Bytes
         codes = np.stack(parts, axis=3)
         return Bytes(codes.view(np.uint8).ravel(), np.zeros(0, np.uint32), row_scales.astype(np.float32))
 
-    stored = moved([w.packed.codes for w in weights], 64 * chunks).astype(np.int64)
+    stored = moved([w.codes_on_device() for w in weights], 64 * chunks).astype(np.int64)
     words = place_codes(stored[rows, columns], spec.format)
     n_groups = {32: 2 * chunks, 64: chunks, 128: -(-chunks // 2)}[spec.group]
     scales = moved([w.scales_float64() for w in weights], n_groups)
@@ -235,7 +247,7 @@ def reference(weights: list[Stored], row_map: np.ndarray | None = None) -> Bytes
 
 def place_codes(operands: np.ndarray, format: str) -> np.ndarray:
     """Bytes of codes [tile, chunk, lane, fragment, register, column of two]."""
-    if format == "q8":
+    if format in BYTES:
         stored = ((operands + 128) % 256 if operands.min() < 0 else operands + 128).astype(np.uint8)
         tiles, chunks = stored.shape[:2]
         return stored.reshape(tiles, chunks, 32, 2, 16).transpose(0, 1, 3, 2, 4).ravel()

@@ -16,10 +16,10 @@ using namespace pyllama::cuda::tests;
 
 namespace {
 
-constexpr int kDescribed = 26;  // numbers that describe a weight
+constexpr int kDescribed = 42;  // numbers that describe a weight
 
 // Weights on the device, from rows of numbers: format, scale_type, offset_type (as in formats.h), N, K, group, then
-// where codes, scales and offsets begin in the payload, whether there is an input_order, and 16 entries of the
+// where codes, scales and offsets begin in the payload, whether there is an input_order, and 32 entries of the
 // codebook.
 struct Described {
   Memory payload;
@@ -41,7 +41,7 @@ struct Described {
       w.scales = payload.as<uint8_t>() + d[7];
       w.offsets = payload.as<uint8_t>() + d[8];
       if (d[9]) w.input_order = payload.as<int32_t>();  // only looked at for being there
-      for (size_t i = 0; i < 16; i++) w.codebook[i] = static_cast<int8_t>(d[10 + i]);
+      for (size_t i = 0; i < 32; i++) w.codebook[i] = static_cast<int8_t>(d[10 + i]);
       pointers.push_back(&w);
       d += kDescribed;
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.cuda.conftest import Emulated
-from tests.cuda.helpers_fragments import CASES, Stored, case_name, describe, random_weight
+from tests.cuda.helpers_fragments import CASES, UPLOADED_CASES, Stored, case_name, describe, random_weight
 
 SHAPE = (53, 352)  # the last tile has 5 rows, the last chunk 32 columns, the last group of 128 has 96
 
@@ -20,7 +20,7 @@ def embed(emulated: Emulated, w: Stored, tokens: np.ndarray, order: np.ndarray |
     return x
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", CASES + UPLOADED_CASES, ids=case_name)
 def test_rows(emulated: Emulated, case: dict[str, object]) -> None:
     w = random_weight(SHAPE, 7, **case)  # type: ignore[arg-type]
     tokens = np.array([52, 0, 7, 8, 15, 16, 28, 31, 45, 52])

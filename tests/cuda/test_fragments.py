@@ -9,13 +9,22 @@ import pytest
 
 from pyllama.common.formats import TensorSpec
 from tests.cuda.conftest import Emulated, EmulationError, emulation_only
-from tests.cuda.helpers_fragments import CASES, Layout, bytes_on_device, case_name, describe, random_weight, reference
+from tests.cuda.helpers_fragments import (
+    CASES,
+    UPLOADED_CASES,
+    Layout,
+    bytes_on_device,
+    case_name,
+    describe,
+    random_weight,
+    reference,
+)
 
 RNG = np.random.default_rng
 Q4, Q4NL, Q8 = 0, 1, 2  # Codes of csrc/cuda/fragments.h
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", CASES + UPLOADED_CASES, ids=case_name)
 @pytest.mark.parametrize("shape", [(16, 64), (5, 33), (40, 200)])
 def test_bytes_on_the_device(emulated: Emulated, case: dict[str, object], shape: tuple[int, int]) -> None:
     weight = random_weight(shape, seed=shape[1], **case)
