@@ -416,7 +416,7 @@ def test_dry_run_writes_nothing(
         (["a/b.Q4_0.gguf", "--format", "q4"], "for example: -o b.Q4_0-q4"),
         (["src", "-o", "out", "--format", "q5"], "invalid choice: 'q5'"),
         (["src", "-o", "out", "--group-size", "16"], "invalid choice: 16"),
-        (["src", "-o", "out", "--method", "gptq"], "invalid choice: 'gptq'"),
+        (["src", "-o", "out", "--method", "best"], "invalid choice: 'best'"),
         (["src", "-o", "out", "--tensor-type", "wq"], "'wq' is not REGEX=FORMAT"),
         (["src", "-o", "out", "--tensor-type", "wq=q5"], "'wq=q5' is not REGEX=FORMAT"),
         (["src", "-o", "out", "--tensor-type", "=q4"], "'=q4' is not REGEX=FORMAT"),
