@@ -157,7 +157,7 @@ def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     [
         ({"ENTRY": "another_function"}, "has no function pyllama_cuda_table"),
         ({"TABLE": "nullptr"}, "gave no table"),
-        ({"VERSION": "7"}, "its table of functions has version 7, this pyllama expects 2"),
+        ({"VERSION": "7"}, "its table of functions has version 7, this pyllama expects 3"),
         ({"SIZE": "8"}, "has 8 bytes, this pyllama expects 168 or more"),
         ({"KIND": "kPyllamaCudaNoDriver"}, "no NVIDIA driver was found (the fake's own words)"),
         (
