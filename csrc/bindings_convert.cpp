@@ -31,6 +31,12 @@ struct FloatEnvironment {
 
 void need(bool ok, const char* what) { check<std::invalid_argument>(ok, what); }
 
+// A view of bytes may begin anywhere; the loops read and write whole numbers.
+template <class... Arrays>
+void need_aligned(const Arrays&... arrays) {
+  need(((arrays.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) && ...), "arrays must be aligned");
+}
+
 std::vector<const Kernels*> kernels_here() {
   std::vector<const Kernels*> found{&convert::kernels_baseline};
 #if defined(__x86_64__) || defined(_M_X64)
@@ -60,6 +66,8 @@ const Kernels& kernels_for(const std::string& isa) {
 using Counts = std::optional<Array<float>>;  // [K] by what the squared error of a column counts, or nothing: alike
 
 convert::Matrix matrix_of(const Array<float>& weights, int group, const Counts& counts) {
+  need_aligned(weights);
+  if (counts) need_aligned(*counts);
   need(weights.ndim() == 2 && weights.size() > 0, "weights must be float32 [N, K]");
   need(group > 0 && group <= convert::kMaxGroup, "group must be 1 to 128");
   need(!counts || (counts->ndim() == 1 && counts->shape(0) == weights.shape(1)), "counts must be float32 [K]");
@@ -112,6 +120,7 @@ py::tuple search_affine(const Array<float>& weights, int group, const Converted<
 }
 
 float largest(const Array<float>& values, const std::string& isa) {
+  need_aligned(values);
   const Kernels& kernels = kernels_for(isa);
   const float* data = values.data();
   const int64_t n = values.size();
@@ -120,6 +129,7 @@ float largest(const Array<float>& values, const std::string& isa) {
 }
 
 Array<float> from_f16(const Array<uint16_t>& halves, const std::string& isa) {
+  need_aligned(halves);
   const Kernels& kernels = kernels_for(isa);
   Array<float> out(std::vector<py::ssize_t>(halves.shape(), halves.shape() + halves.ndim()));
   const uint16_t* in = halves.data();
@@ -150,6 +160,7 @@ void put_codes(const Array<uint8_t>& codes, Array<uint8_t>& tiles, int bits) {
 // `tiles` [ceil(N/16), columns, 16] is written in place.
 void put_columns(const py::array& values, py::array& tiles) {
   const auto bytes = static_cast<int>(values.itemsize());
+  need_aligned(values, tiles);
   need((values.flags() & py::array::c_style) && (tiles.flags() & py::array::c_style), "arrays must be contiguous");
   need(bytes == tiles.itemsize() && (bytes == 1 || bytes == 2 || bytes == 4), "numbers of 1, 2 or 4 bytes");
   need(values.ndim() == 2 && tiles.ndim() == 3 && tiles.shape(2) == 16 && tiles.shape(1) >= values.shape(1) &&

@@ -43,7 +43,7 @@ def unsupported_on_device(config: Config, n_ctx: int | None = None) -> str | Non
     """
     if config["head_dim"] > _MAX_HEAD_DIM or config["head_dim"] % 2:
         return f"head_dim {config['head_dim']}: the CUDA kernels take even ones up to {_MAX_HEAD_DIM}"
-    window = config.get("sliding_window")
+    window = None if config.get("sliding_layers") == [] else config.get("sliding_window")
     if window is not None and window < (longest := n_ctx or config["max_seq_len"]):
         return (
             f"sliding_window {window}, shorter than the context of {longest} tokens: the CUDA kernels do not know it;"

@@ -25,9 +25,14 @@ def extension() -> Any:
     return getattr(_C, "convert", None)
 
 
+def fits_loops(values: NDArray[Any]) -> bool:
+    """Whether the loops take an array where it lies: without gaps, and not a view of bytes that begins anywhere."""
+    return values.flags.c_contiguous and values.flags.aligned
+
+
 def widen_f16(halves: NDArray[Any]) -> NDArray[np.float32]:
     """float16 numbers as float32, exactly (of a NaN only that it is one)."""
-    if extension() is None or not halves.flags.c_contiguous:
+    if extension() is None or not fits_loops(halves):
         return halves.astype(np.float32)
     widened: NDArray[np.float32] = extension().from_f16(halves.view(np.uint16))
     return widened
@@ -38,7 +43,7 @@ def _put_codes(tiled: NDArray[Any], codes: NDArray[Any], bits: int) -> None:
 
 
 def _put_columns(tiled: NDArray[Any], values: NDArray[Any]) -> None:
-    extension().put_columns(np.ascontiguousarray(values), tiled)
+    extension().put_columns(np.require(values, requirements=["C", "A"]), tiled)
 
 
 def tiles() -> Tiles:

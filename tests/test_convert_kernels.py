@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.formats import FORMATS, GROUPS, NUMPY_TILES, Packed, pack
+from pyllama.common.formats import FORMATS, GROUPS, NUMPY_TILES, Packed, TensorSpec, dense, pack
 from quantize import kernels
 from quantize.methods import quantize_rtn
+from quantize.methods.rtn import Search
 from tests.test_rtn import spec_of
 
 EXTENSION = kernels.extension()
@@ -69,6 +70,7 @@ def check(
             same_bits(quantize_rtn(weights, format, group, codebook, importance=importance), expected)
 
 
+KINDS = ["normal", "spiky", "one sign", "few values", "ties", "zeros", "sparse", "any bits"]
 LARGEST = {"q8": 127 * 65504.0, "q4": 8 * 65504.0, "q4a": 65504.0, "q4nl": 127 * 65504.0}
 LARGEST |= {"q5nl": 127 * 65504.0, "q6": 32 * 65504.0}
 
@@ -98,7 +100,7 @@ def drawn(kind: str, shape: tuple[int, int], size: float, seed: int) -> NDArray[
     st.tuples(st.integers(1, 40), st.integers(1, 300)),
     st.integers(0, 2**32 - 1),
     st.sampled_from([1e-40, 1e-30, 1e-12, 6e-8, 1e-5, 1e-3, 1.0, 5e3]),
-    st.sampled_from(["normal", "spiky", "one sign", "few values", "ties", "zeros", "sparse", "any bits"]),
+    st.sampled_from(KINDS),
     st.sampled_from([None, 0.0, 1.0, 5.0]),
 )
 def test_searches_equal_their_definition(
@@ -111,6 +113,14 @@ def test_searches_equal_their_definition(
     if spread is not None:
         importance = np.exp(spread * np.random.default_rng(seed).standard_normal(shape[1])).astype(np.float32)
     check(weights, format, group, importance=importance)
+
+
+@pytest.mark.parametrize("size", [1e-40, 0.5])
+@pytest.mark.parametrize("format", FORMATS_MADE)
+def test_every_kind_of_numbers(format: str, size: float) -> None:
+    """A choice of the above, small enough for emulated processors."""
+    for kind in KINDS:
+        check(drawn(kind, (5, 70), size, 6), format, 32)
 
 
 @pytest.mark.parametrize("format", FORMATS_MADE)
@@ -157,6 +167,56 @@ def test_what_numpy_refuses_is_refused_in_the_same_words(bad: float, format: str
     assert len(set(said)) == 1
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("codebook", [None, tuple(range(-8, 8))], ids=["own", "dense"])
+def test_no_weight_leads_beyond_the_codebook(isa: str, codebook: tuple[int, ...] | None) -> None:
+    """A file may change between the check for NaN and the search. What comes of it is nobody's; no other group's."""
+    method = Search("q4nl", codebook)
+    tables = (method.grid.level_of_half, method.grid.code_of_half)
+    weights = drawn("normal", (5, 70), 1.0, 4)
+    arguments = (32, (method.grid.low, method.grid.high), 0, method.places, *tables)
+    codes, scales = EXTENSION.search_scale(weights, *arguments, isa=isa)
+    weights[1, 3], weights[2, 40], weights[4, 69] = np.nan, np.inf, -np.nan
+    touched = EXTENSION.search_scale(weights, *arguments, isa=isa)
+    assert (touched[0] < 16).all()
+    hit = np.zeros((5, 3), bool)
+    hit[1, 0] = hit[2, 1] = hit[4, 2] = True
+    np.testing.assert_array_equal(touched[1][~hit], scales[~hit])
+    of_column = hit.repeat(32, axis=1)[:, :70]
+    np.testing.assert_array_equal(touched[0][~of_column], codes[~of_column])
+
+
+def moved(values: NDArray[Any]) -> NDArray[Any]:
+    """A copy that begins at an odd address, as a view of a file's bytes may."""
+    room = np.zeros(values.nbytes + 2, np.uint8)
+    start = 1 - room.ctypes.data % 2
+    room[start : start + values.nbytes] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return room[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+
+
+def test_numbers_at_odd_addresses() -> None:
+    weights = drawn("normal", (5, 70), 1.0, 5)
+    assert not moved(weights).flags.aligned
+    for format in FORMATS_MADE:
+        same_bits(quantize_rtn(moved(weights), format, 32), quantize_rtn(weights, format, 32))
+    halves = weights.astype(np.float16)
+    np.testing.assert_array_equal(kernels.widen_f16(moved(halves)), halves.astype(np.float32))
+    spec = TensorSpec("w", "f16", weights.shape)
+    np.testing.assert_array_equal(
+        pack(spec, Packed(moved(halves)), kernels.tiles()), pack(spec, Packed(halves), NUMPY_TILES)
+    )
+    for wrong in (
+        lambda: EXTENSION.search_scale(moved(weights), 32, (-8, 7), 8, [1.0]),
+        lambda: EXTENSION.search_affine(moved(weights), 32, np.zeros((1, 2))),
+        lambda: EXTENSION.largest(moved(weights)),
+        lambda: EXTENSION.from_f16(moved(halves.view(np.uint16))),
+        lambda: EXTENSION.put_columns(moved(halves), np.zeros((1, 70, 16), np.float16)),
+        lambda: EXTENSION.put_columns(halves, moved(np.zeros((1, 70, 16), np.float16))),
+    ):
+        with pytest.raises(ValueError, match="aligned"):
+            wrong()
+
+
 def test_every_half() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     expected = halves.astype(np.float32)
@@ -180,8 +240,6 @@ def test_tiles_equal_their_definition(format: str, shape: tuple[int, int], seed:
         spec = spec_of(format, shape, 32)
         packed = quantize_rtn(drawn("normal", shape, 1.0, seed), format, 32)
     else:
-        from pyllama.common.formats import TensorSpec, dense
-
         spec = TensorSpec("w", format, shape)
         packed = dense(spec, rng.standard_normal(shape).astype(np.float32))
     np.testing.assert_array_equal(pack(spec, packed, kernels.tiles()), pack(spec, packed, NUMPY_TILES))

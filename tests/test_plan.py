@@ -68,6 +68,21 @@ def test_what_one_product_can_take() -> None:
     assert lengths(matrix(0), matrix(1, input_order=True), matrix(2, input_order=True)) == [1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("window", "n_ctx", "fits"),
+    [
+        ({"sliding_window": 100}, None, False),
+        ({"sliding_window": 100}, 101, False),
+        ({"sliding_window": 100}, 100, True),
+        ({"sliding_window": 100, "sliding_layers": [1]}, None, False),
+        ({"sliding_window": 100, "sliding_layers": []}, None, True),
+        ({"sliding_window": None, "sliding_layers": [0]}, None, True),
+    ],
+)
+def test_windows_that_a_device_can_leave_away(window: dict[str, Any], n_ctx: int | None, fits: bool) -> None:
+    assert (sizes.unsupported_on_device(synthetic_config("tiny") | window, n_ctx) is None) == fits
+
+
 @pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
 @pytest.mark.parametrize("head_dim", [16, 34, 64, 80, 128])
 def test_pages(kv_dtype: str, head_dim: int) -> None:

@@ -67,7 +67,7 @@ def quantize_rtn(
     if importance is not None and (importance.shape != weights.shape[1:] or importance.dtype != np.float32):
         raise ValueError(f"importance {importance.dtype} {list(importance.shape)}, expected float32 [K]")
     method = Search(format, codebook)
-    extension = kernels.extension() if weights.size and weights.flags.c_contiguous else None
+    extension = kernels.extension() if weights.size and kernels.fits_loops(weights) else None
     if extension is not None and extension.largest(weights) <= method.largest:  # else the way below says what is wrong
         return method.by_extension(weights, group, importance)
     n_rows, n_columns = weights.shape
