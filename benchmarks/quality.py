@@ -15,28 +15,37 @@ import ctypes
 import importlib
 import json
 import pydoc
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pyllama.common.formats import TensorSpec, dense, dequantize, pack, unpack
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllama.common.formats import FORMATS, Packed, TensorSpec, dense, dequantize, pack, unpack
 from pyllama.common.model_folder import read_model_folder
 from quantize import convert
 from quantize.compare import EVALUATION_TEXT, Comparison, compare
-from quantize.methods import METHODS
+from quantize.methods import METHODS, Method, Statistics
 from quantize.readers import open_source
 from quantize.writer import TOKENIZER_FILES, FolderWriter
 
-from .references import write_reference
+from .references import gguf_name, write_reference
+
+Floats = NDArray[np.float32]
 
 PEERS = ("Q4_0", "IQ4_XS", "IQ4_NL", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 # name -> what convert() is asked for; the head and the embeddings as everything else.
 OURS: dict[str, dict[str, Any]] = {
     f"{method} {format} g{group}": {"method": method, "format": format, "group_size": group}
-    for method in ("rtn", "imatrix", "gptq")
-    for format, group in (("q4", 32), ("q4nl", 32), ("q4nl", 64), ("q4nl", 128), ("q4a", 32), ("q8", 32))
+    for method in METHODS
+    for format in FORMATS
+    for group in (32, 64, 128)
+    if FORMATS[format].quantized
 }
 
 # Modules of Python whose documentation is read: prose, lists and code that calibration never saw.
@@ -79,6 +88,23 @@ def quantized_by_peer(source: Path, target: Path, kind: str, importance: dict[st
     return target
 
 
+def importance_of(reference: Path, work: Path) -> dict[str, Floats]:
+    """E[x²] of each matrix's input in our calibration, by GGUF's names: what an importance matrix file holds."""
+    seen: dict[str, Floats] = {}
+
+    def probe(weights: Floats, spec: TensorSpec, statistics: Statistics | None) -> Packed:
+        if statistics is not None:
+            seen[gguf_name(spec.name)] = statistics.mean_squares.astype(np.float32)
+        return METHODS["rtn"].quantize(weights, spec, None)
+
+    METHODS["probe"] = Method(probe, "squares")
+    try:
+        shutil.rmtree(convert(reference, work / "probe", format="q8", method="probe"))
+    finally:
+        del METHODS["probe"]
+    return seen
+
+
 def bits_of(source: Path) -> float:
     """Bytes of all tensors of a checkpoint over its weights, in bits."""
     tensors = open_source(source).tensors.values()
@@ -104,14 +130,16 @@ def measure(kind: str, seed: int, text: str, n_tokens: int, only: list[str], wor
     reference = work / f"{kind}{seed}.gguf"
     write_reference(kind, reference, seed)
     models: dict[str, tuple[Path, float]] = {}  # name -> folder, bits per weight
-    for peer in PEERS:
-        if not wanted(f"llama.cpp {peer}", only):
+    importance = importance_of(reference, work)
+    for peer, known in product(PEERS, ({}, importance)):
+        name = f"llama.cpp {peer}" + ", imatrix" * bool(known)
+        if not wanted(name, only):
             continue
-        file = quantized_by_peer(reference, work / f"{peer}.gguf", peer, {})
-        models[f"llama.cpp {peer}"] = (convert(file, work / peer, format="f32"), bits_of(file))
+        file = quantized_by_peer(reference, work / f"{name}.gguf", peer, known)
+        models[name] = (convert(file, work / name, format="f32"), bits_of(file))
         file.unlink()
     for name, options in OURS.items():
-        if options["method"] not in METHODS or not wanted(name, only):
+        if not wanted(name, only):
             continue
         made = convert(reference, work / name, **options)
         exact = as_float(made, work / f"{name} exact")

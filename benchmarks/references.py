@@ -155,17 +155,21 @@ def write_gguf(path: Path, config: dict[str, Any], weights: Weights) -> None:
             writer.add_key_value(key, changed.get(key, entry.contents()), kind, sub_type=sub)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     for name, values in weights.items():
-        layer, _, part = name.removeprefix("layers.").partition(".")
         stored = values
-        if part in ("wq", "wk"):  # rotary pairs side by side
+        if name.endswith((".wq", ".wk")):  # rotary pairs side by side
             halves = values.reshape(-1, 2, config["head_dim"] // 2, values.shape[1])
             stored = halves.swapaxes(1, 2).reshape(values.shape)
-        to = f"blk.{layer}.{_IN_BLOCK[part]}.weight" if part else f"{_OUTSIDE[name]}.weight"
-        writer.add_tensor(to, np.ascontiguousarray(stored, np.float16 if values.ndim == 2 else np.float32))
+        writer.add_tensor(gguf_name(name), np.ascontiguousarray(stored, np.float16 if values.ndim == 2 else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of a tensor."""
+    layer, _, part = name.removeprefix("layers.").partition(".")
+    return f"blk.{layer}.{_IN_BLOCK[part]}.weight" if part else f"{_OUTSIDE[name]}.weight"
 
 
 _OUTSIDE = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
