@@ -153,12 +153,21 @@ def test_what_cannot_be_used_is_refused() -> None:
     weights, spec = np.ones((2, 32), np.float32), spec_of("q4", (2, 32), 32)
     with pytest.raises(ValueError, match="needs the gram"):
         quantize_gptq(weights, spec, None)
-    for gram in (np.zeros((32, 32), np.float32), np.full((32, 32), np.nan, np.float32)):
+    for bad in (np.nan, np.inf):
         with pytest.raises(QuantizeError, match=r"layers\.0\.wo: its inputs"):
-            quantize_gptq(weights, spec, Statistics(4, np.zeros(32), gram))
+            quantize_gptq(weights, spec, Statistics(4, np.zeros(32), np.full((32, 32), bad, np.float32)))
     weights[1, 3] = np.inf
     with pytest.raises(ModelFormatError, match=r"layers\.0\.wo: has NaN or infinite"):
         quantize_gptq(weights, spec, statistics_of(np.ones((4, 32), np.float32)))
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_inputs_that_are_all_zero_leave_rounding(format: str) -> None:
+    weights = np.random.default_rng(9).normal(size=(4, 50)).astype(np.float32)
+    spec = spec_of(format, weights.shape, 32)
+    found = quantize_gptq(weights, spec, Statistics(9, np.zeros(50), np.zeros((50, 50), np.float32)))
+    plain = quantize_rtn(weights, format, 32, spec.codebook or None)
+    assert np.array_equal(dequantize(spec, found), dequantize(spec, plain))
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pyllama.common.errors import QuantizeError
 from pyllama.common.formats import Packed, TensorSpec
 
-from .rtn import Search, check_range, inverse, round_f16, round_scale
+from .rtn import Search, check_range, inverse, quantize_rtn, round_f16, round_scale
 from .statistics import Statistics
 
 Floats = NDArray[np.float32]
@@ -40,11 +40,14 @@ def quantize_gptq(weights: Floats, spec: TensorSpec, statistics: Statistics | No
     """Quantizes rows of a matrix, [n, K] float32, finite, for inputs with these statistics (`gram` is needed).
 
     Formats, groups, result and errors as of quantize_rtn; the error (w−q)ᵀ H (w−q) of a row is never above that of
-    rounding under E[x²]. Raises QuantizeError for a gram that is not finite or is all zeros.
+    rounding under E[x²]. Where all inputs are zero, weights are rounded as by rtn. Raises QuantizeError for a gram that
+    is not finite.
     """
     if statistics is None or statistics.gram is None:
         raise ValueError("gptq needs the gram matrix of the tensor's input")
     gram = statistics.gram
+    if not gram.any():
+        return quantize_rtn(weights, spec.format, spec.group, spec.codebook or None, name=spec.name)
     problem = statistics.once(("gptq", spec.group), lambda: _Problem.of(gram, spec.group, spec.name))
     search = Search(spec.format, spec.codebook or None)
     check_range(weights, search.largest, spec.name)
@@ -70,8 +73,8 @@ class _Problem:
     def of(cls, gram: Floats, group: int, name: str) -> _Problem:
         diagonal = gram.diagonal().astype(np.float64)
         mean = float(diagonal.mean())
-        if not np.isfinite(gram).all() or mean <= 0:
-            raise QuantizeError(f"{name}: its inputs in calibration are all zero or not finite; gptq cannot use them")
+        if not np.isfinite(gram).all():
+            raise QuantizeError(f"{name}: its inputs in calibration are not finite, or too large; gptq cannot use them")
         columns = np.arange(len(gram))
         runs = [columns[first : first + group] for first in range(0, len(gram), group)]
         runs.sort(key=lambda run: -float(diagonal[run].mean()))
