@@ -9,6 +9,7 @@ the bytes are the same. Which texts is calibration_texts.py's affair, what becom
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import groupby, repeat
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,9 @@ Convert = Callable[[Sequence["Planned"], Statistics | None], Generator[Block, No
 # The matrices of a layer by the input that they share, in the order in which inputs come.
 _STAGES = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w_gate": 2, "w_up": 2, "w_down": 3}
 _ADDED = (1, 3)  # stages whose product is added to the residual stream
-_ATTENTION = ("attn_norm", "wq", "wk", "wv", "bq", "bk", "bv", "q_norm", "k_norm")
-_MLP = ("mlp_norm", "w_gate", "w_up")
+MATRICES = tuple(_STAGES)
+ATTENTION = ("attn_norm", "wq", "wk", "wv", "bq", "bk", "bv", "q_norm", "k_norm")
+MLP = ("mlp_norm", "w_gate", "w_up")
 _CHUNK_TOK = 2048  # about, in whole texts: between two chunks Ctrl-C is heard
 _SUM_ROWS = 256
 
@@ -125,6 +127,12 @@ class HiddenStates:
             self._chunks.append((slice(first, first + sum(taken)), taken))
             first += sum(taken)
 
+    def copy(self) -> HiddenStates:
+        """The same states, to go another way."""
+        other = copy(self)
+        other.x = self.x.copy()
+        return other
+
     def normed(self, norm: Any) -> Iterator[Floats]:
         """x behind a norm, in pieces."""
         for rows, _ in self._chunks:
@@ -199,7 +207,7 @@ class LayerByLayer:
                 continue
             for item in group:
                 if item.spec.name == "norm":
-                    norm = _weight(item.spec, (yield from self._whole(item, None)))
+                    norm = engine_weight(item.spec, (yield from self._whole(item, None)))
                 elif item.spec.name not in self._finished:
                     wanted = item.spec.name == self._head and self._is_open(item)
                     exact = None if self._exact is None else self._exact.normed(norm)
@@ -218,7 +226,7 @@ class LayerByLayer:
                 exact = None if self._exact is None else self._advance(self._exact, stage, layer, original)
                 wanted = any(_STAGES.get(_role(other)) == stage and self._is_open(other) for other in items)
                 statistics = gather(inputs, item.spec.shape[1], exact, self._ahead(stage)) if wanted else None
-            weights[_role(item)] = _weight(item.spec, (yield from self._whole(item, statistics)))
+            weights[_role(item)] = engine_weight(item.spec, (yield from self._whole(item, statistics)))
         self._states.add(weights["w_down"])
         if self._exact is not None:
             self._exact.add(original["w_down"])
@@ -233,12 +241,12 @@ class LayerByLayer:
         if stage == 0:
             return states.normed(weights["attn_norm"])
         if stage == 1:
-            states.attend(layer, _some(weights, _ATTENTION))
+            states.attend(layer, _some(weights, ATTENTION))
             return states.inner()
         if stage == 2:
             states.add(weights["wo"])
             return states.normed(weights["mlp_norm"])
-        states.feed(_some(weights, _MLP))
+        states.feed(_some(weights, MLP))
         return states.inner()
 
     def _is_open(self, item: Planned) -> bool:
@@ -294,7 +302,12 @@ def _aligned(n_bytes: int) -> Payload:
     return room[start : start + n_bytes]
 
 
-def _weight(spec: TensorSpec, payload: Payload) -> Any:
+def engine_weight(spec: TensorSpec, payload: Payload) -> Any:
+    """A tensor as the engine takes it; a payload that does not lie as it wants is copied."""
+    if payload.ctypes.data % ALIGN:
+        there = _aligned(payload.nbytes)
+        there[:] = payload
+        payload = there
     return _engine().Weight(
         spec.name,
         spec.format,
@@ -315,9 +328,7 @@ def _as_it_is(item: Planned) -> Planned:
 
 def _original_weight(item: Planned) -> Any:
     spec = _as_it_is(item).spec
-    payload = _aligned(spec.payload_bytes)
-    payload[:] = pack(spec, dense(spec, item.source.read()))
-    return _weight(spec, payload)
+    return engine_weight(spec, pack(spec, dense(spec, item.source.read())))
 
 
 def _embedded(item: Planned, texts: Texts, scale: np.float32) -> Floats:

@@ -23,7 +23,17 @@ from pyllama.common.errors import ModelFormatError, PyllamaError, QuantizeError
 from pyllama.common.formats import FORMATS, GROUPS
 
 from .calibration_texts import DEFAULT_TOKENS
-from .convert import Plan, check_request, make_plan, size_text, write_plan
+from .convert import (
+    TARGET_FORMAT,
+    Plan,
+    aimed_at,
+    check_request,
+    check_target,
+    make_plan,
+    size_text,
+    target_of,
+    write_plan,
+)
 from .lora import merge_adapters
 from .methods import METHODS
 from .pipeline import parse_size
@@ -63,6 +73,7 @@ examples: quantize SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2     without loss
           quantize Llama-3.2-1B -o mine --lora adapter            with a LoRA adapter merged
           quantize Llama-3.2-1B -o good --format q4nl --method imatrix
           quantize Llama-3.2-1B -o best --format q4nl --method gptq
+          quantize Llama-3.2-1B -o fits --target-size 800MB --method gptq   a format for each matrix
           quantize verify llama-1b-q4nl                           compares every checksum
 
 exit codes: 0 done, 1 failed (OUT is as it was), 2 wrong usage, 130 interrupted by Ctrl-C"""
@@ -163,6 +174,21 @@ def _convert_parser() -> argparse.ArgumentParser:
         metavar="REGEX=FORMAT",
         help="another format for matrices in whose name REGEX is found; may be repeated, the last that fits decides",
     )
+    aims = parser.add_mutually_exclusive_group()
+    aims.add_argument(
+        "--target-size",
+        type=_memory,
+        metavar="SIZE",
+        help="instead of --format: a format for each matrix, by what it is measured to cost, such that the model takes "
+        "at most SIZE, as 4.0GB; takes minutes",
+    )
+    aims.add_argument("--target-bpw", type=float, metavar="BITS", help="the same for bits per weight, as 4.4")
+    aims.add_argument(
+        "--max-kld",
+        type=float,
+        metavar="NATS",
+        help="the same: the smallest model whose divergence from the original is predicted to be at most this, as 0.02",
+    )
     add(
         "--lora",
         action="append",
@@ -237,6 +263,8 @@ def _run_convert(arguments: list[str]) -> int:
         options.calibration,
         options.calibration_tokens,
     )
+    target = target_of(options.target_size, options.target_bpw, options.max_kld)
+    check_target(target, options.format, options.group_size)
     out = (
         None if options.output is None else check_output(options.output, overwrite=options.overwrite or options.resume)
     )
@@ -244,13 +272,23 @@ def _run_convert(arguments: list[str]) -> int:
     source = merge_adapters(open_source(options.src), options.lora)
     plan = make_plan(
         source,
-        format=options.format,
+        format=options.format if target is None else TARGET_FORMAT,
         group_size=options.group_size,
         method=options.method,
         calibration=options.calibration,
         calibration_tokens=options.calibration_tokens,
         tensor_types=options.tensor_type,
     )
+    if target is not None:
+        with _progress("measuring costs", "layers") as report:
+            plan = aimed_at(
+                target,
+                plan,
+                calibration=options.calibration,
+                tensor_types=options.tensor_type,
+                max_memory=options.max_memory,
+                progress=report,
+            )
     _warn_of_second_rounding(plan)
     _warn_of_no_tokenizer(plan)
     if options.dry_run or out is None:
@@ -314,6 +352,10 @@ def _print_summary(plan: Plan, out: Path | None, seconds: float, as_json: bool) 
         print(
             f"  {kind['count']:>4} {kind['from']:>6} -> {kind['format'] + group:<9} {_HOW[kind['how']]:<22} "
             f"{size_text(kind['bytes']):>9}  {kind['example']}"
+        )
+    if plan.target is not None:
+        print(
+            f"for {plan.target.in_words()}: predicted KL divergence {plan.predicted_kl:.2g} nats (see quantize compare)"
         )
     where = "dry run, nothing written" if out is None else str(out)
     spent = "" if out is None else f" in {seconds:.1f} s"

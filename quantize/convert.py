@@ -22,18 +22,22 @@ from pyllama.common.formats import (
     VERSION,
     TensorSpec,
 )
-from pyllama.common.model_folder import check_config, check_tensors
+from pyllama.common.model_folder import check_config, check_tensors, header_bytes
 
+from .allocate import Target, allocate
 from .calibration import in_order
-from .calibration_texts import DEFAULT_TOKENS, MIX, Calibration
+from .calibration_texts import DEFAULT_TOKENS, MIX, SELF, TEXT_TOKENS, Calibration, read_texts
 from .lora import merge_adapters
 from .methods import METHODS
-from .pipeline import Progress, ProgressFunction, write_plan
+from .pipeline import Progress, ProgressFunction, cores, resident_bytes, write_plan
 from .readers import Source, SourceTensor, open_source
+from .sensitivity import Choice, Report, bytes_held, measured_costs
 from .writer import check_output
 
 DEFAULT_FORMAT = "q8"  # of matrices on no grid of ours, when no format is asked for
 DEFAULT_GROUP = 32
+TARGET_FORMAT = "q4nl"  # where a plan begins that is to have a size or a divergence
+_SENSITIVITY_TEXTS = 2
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Plan:
     group: int
     method: str  # "repack" when every matrix is repacked
     calibration: Calibration | None = None  # for a method that needs statistics
+    target: Target | None = None  # what formats were chosen for, measured; None: one format for all
+    predicted_kl: float | None = None  # mean divergence of the next token that the chosen formats are thought to make
 
     @property
     def payload_bytes(self) -> int:
@@ -122,6 +128,8 @@ class Plan:
         if self.group:
             quantization["group"] = self.group
         quantization.update(method=self.method, bits_per_weight=round(self.bits_per_weight, 4))
+        if self.target is not None and self.predicted_kl is not None:
+            quantization.update(target=self.target.in_words(), predicted_kl=float(f"{self.predicted_kl:.3g}"))
         # Without the time of the file's last change, so that the same source always gives the same bytes.
         identity = {key: value for key, value in self.source.identity.items() if key != "mtime_ns"}
         head = {"format": "pyllama", "version": int(VERSION)}
@@ -147,6 +155,9 @@ def convert(
     calibration_tokens: int | None = None,
     tensor_types: Sequence[tuple[str, str]] = (),
     lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
+    target_size: int | None = None,
+    target_bpw: float | None = None,
+    max_kld: float | None = None,
     overwrite: bool = False,
     resume: bool = False,
     max_memory: int | None = None,
@@ -160,24 +171,31 @@ def convert(
     default "mix", our own; calibration_tokens: about how many tokens of it (default 16384).
     tensor_types: (regular expression, format) pairs for canonical names; the last that is found in a name decides.
     lora: PEFT adapters to be merged, each a folder and a factor.
+    target_size (bytes of model.safetensors), target_bpw (bits per weight), max_kld (mean KL divergence of the next
+    token, in nats, as predicted): one of them chooses a format for each matrix by what it is measured to cost, in place
+    of `format` and `group_size`; tensor_types still decide.
     resume: goes on with a conversion to `out` that was stopped, to the same bytes, and keeps what is done if this one
     is stopped. max_memory: bytes that may be resident, mapped files included.
     Raises ModelFormatError for a defective source, QuantizeError when the output cannot be written or the request makes
     no sense for this model, ValueError for unknown formats, groups and methods. A failure leaves nothing at `out`.
     """
     check_request(format, group_size, method, tensor_types, calibration, calibration_tokens)
-    target = check_output(out, overwrite=overwrite or resume)
+    aim = target_of(target_size, target_bpw, max_kld)
+    check_target(aim, format, group_size)
+    folder = check_output(out, overwrite=overwrite or resume)
     source = merge_adapters(open_source(src), lora)
     plan = make_plan(
         source,
-        format=format,
+        format=format if aim is None else TARGET_FORMAT,
         group_size=group_size,
         method=method,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         tensor_types=tensor_types,
     )
-    return write_plan(plan, target, overwrite=overwrite, resume=resume, max_memory=max_memory, progress=progress)
+    if aim is not None:
+        plan = aimed_at(aim, plan, calibration=calibration, tensor_types=tensor_types, max_memory=max_memory)
+    return write_plan(plan, folder, overwrite=overwrite, resume=resume, max_memory=max_memory, progress=progress)
 
 
 def check_request(
@@ -208,6 +226,20 @@ def check_request(
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"regular expression {pattern!r}: {error}") from None
+
+
+def target_of(n_bytes: int | None, bpw: float | None, kld: float | None) -> Target | None:
+    """None where nothing is given; ValueError for more than one or what is no positive number."""
+    return None if n_bytes is bpw is kld is None else Target(n_bytes, bpw, kld)
+
+
+def check_target(target: Target | None, format: str | None, group_size: int | None) -> None:
+    """Raises ValueError where formats are chosen twice."""
+    if target is not None and (format is not None or group_size is not None):
+        raise ValueError(
+            f"{'a format' if format is not None else 'a group size'} for all matrices, and a target for which each "
+            "gets its own: give one of them; --tensor-type fixes single matrices"
+        )
 
 
 def make_plan(
@@ -246,6 +278,56 @@ def make_plan(
         return plan
     wish = Calibration(calibration or MIX, calibration_tokens or DEFAULT_TOKENS)
     return replace(plan, tensors=in_order(source.config, plan.tensors), calibration=wish)
+
+
+def aimed_at(
+    target: Target,
+    plan: Plan,
+    *,
+    calibration: str | None = None,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    max_memory: int | None = None,
+    progress: Report | None = None,
+) -> Plan:
+    """The plan with another format for each matrix that tensor_types leave open, such that the target is met.
+
+    Texts run through the model, of the calibration (or our mix, for "self"), to measure what each matrix costs: the one
+    thing here that reads weights, and takes minutes. Raises QuantizeError where the target cannot be met.
+    """
+    source, method = plan.source, plan.method if plan.method in METHODS else "rtn"
+    tokens = _SENSITIVITY_TEXTS * TEXT_TOKENS
+    wish = Calibration(MIX if calibration in (None, SELF) else str(calibration), tokens)
+    held = bytes_held(source, tokens)
+    if max_memory is not None and resident_bytes()[0] + held > max_memory:
+        raise QuantizeError(
+            f"--max-memory {max_memory / 1e6:.0f} MB: measuring what each matrix costs takes {held / 1e6:.0f} MB more "
+            f"than the {resident_bytes()[0] / 1e6:.0f} MB that are in use; choose formats by --format and --tensor-type"
+        )
+    texts = read_texts(wish, source.tokenizer_files(), plan.config(), source.identity["name"], _no_sample, Path())
+    costs = measured_costs(source, texts, cores(), progress)
+    open_ones = {
+        name: cost for name, cost in costs.items() if not any(re.search(pattern, name) for pattern, _ in tensor_types)
+    }
+    fixed = sum(item.spec.payload_bytes for item in plan.tensors if item.spec.name not in open_ones)
+    if target.n_bytes is not None:
+        widest = [
+            _plan_tensor(n, t, "q5nl", None).spec for n, t in source.tensors.items()
+        ]  # its codebook is the longest
+        fixed += len(header_bytes(widest, dict.fromkeys(source.tensors, "0" * 64), {}))
+    found = allocate(open_ones, fixed, plan.n_weights, target, method)
+    tensors = tuple(_with_choice(item, found.choices.get(item.spec.name)) for item in plan.tensors)
+    summary = _summarize(source, list(tensors), method)
+    return replace(
+        plan, tensors=tensors, format=summary.format, group=summary.group, target=target, predicted_kl=found.kl
+    )
+
+
+def _with_choice(item: Planned, choice: Choice | None) -> Planned:
+    return item if choice is None else _plan_tensor(item.spec.name, item.source, *choice)
+
+
+def _no_sample(folder: Path) -> Path:
+    raise AssertionError(f"{folder}: sensitivity does not sample from the model")
 
 
 def _plan_tensor(name: str, tensor: SourceTensor, wanted: str | None, group_size: int | None) -> Planned:

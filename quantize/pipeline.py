@@ -76,7 +76,7 @@ def write_plan(
     if plan.source.generation_config and GENERATION_FILE not in files:
         files[GENERATION_FILE] = (json.dumps(plan.source.generation_config, indent=2) + "\n").encode()
     specs, config = [item.spec for item in plan.tensors], plan.config()
-    threads = threads or min(_MAX_THREADS, _cores())
+    threads = threads or min(_MAX_THREADS, cores())
     target = Path(out).resolve()
     texts = _texts(plan, files, config, target.parent, max_memory, threads)
     files |= golden_files(files, config, plan.source.identity["name"])
@@ -138,7 +138,7 @@ def _blocks_of(plan: Plan, texts: Texts | None, work: _Work, writer: FolderWrite
     return LayerByLayer(plan, texts, convert, finished, writer.payload, work.threads).blocks()
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

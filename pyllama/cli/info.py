@@ -118,6 +118,11 @@ def text(record: dict[str, Any]) -> str:
         ("tokenizer", about),
         ("chat template", "yes" if record["chat_template"] else "no"),
     ]
+    chosen = config.get("quantization") or {}
+    if chosen.get("target"):
+        rows.append(
+            ("formats chosen", f"for {chosen['target']}; predicted KL divergence {chosen.get('predicted_kl', '?')}")
+        )
     rows += [("memory", _needs(row)) for row in record["memory"]]
     if record["conversion"]:
         rows.append(("conversion", f"{record['conversion']} (when it is opened first, or by quantize)"))
