@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyllama.common.errors import ModelFormatError, PyllamaError, QuantizeError
 from pyllama.common.formats import FORMATS, GROUPS
+from pyllama.common.model_folder import read_model_folder
 
 from .calibration_texts import DEFAULT_TOKENS
 from .convert import (
@@ -354,9 +355,10 @@ def _print_summary(plan: Plan, out: Path | None, seconds: float, as_json: bool) 
             f"{size_text(kind['bytes']):>9}  {kind['example']}"
         )
     if plan.target is not None:
-        print(
-            f"for {plan.target.in_words()}: predicted KL divergence {plan.predicted_kl:.2g} nats (see quantize compare)"
-        )
+        about = plan.config() if out is None else read_model_folder(out).config
+        measured = about["quantization"].get("measured_kl")
+        found = "" if measured is None else f", on a short text measured {measured:.2g}"
+        print(f"for {plan.target.in_words()}: KL divergence predicted {plan.predicted_kl:.2g} nats{found}")
     where = "dry run, nothing written" if out is None else str(out)
     spent = "" if out is None else f" in {seconds:.1f} s"
     bits = f"{plan.source_bytes * 8 / plan.n_weights:.2f} -> {plan.bits_per_weight:.2f} bits per weight"

@@ -27,11 +27,12 @@ from pyllama.common.model_folder import check_config, check_tensors, header_byte
 from .allocate import Target, allocate
 from .calibration import in_order
 from .calibration_texts import DEFAULT_TOKENS, MIX, SELF, TEXT_TOKENS, Calibration, read_texts
+from .compare import EVALUATION_TEXT
 from .lora import merge_adapters
 from .methods import METHODS
 from .pipeline import Progress, ProgressFunction, cores, resident_bytes, write_plan
 from .readers import Source, SourceTensor, open_source
-from .sensitivity import Choice, Report, bytes_held, measured_costs
+from .sensitivity import Choice, Report, Yardstick, bytes_held, measured_costs
 from .writer import check_output
 
 DEFAULT_FORMAT = "q8"  # of matrices on no grid of ours, when no format is asked for
@@ -66,6 +67,7 @@ class Plan:
     calibration: Calibration | None = None  # for a method that needs statistics
     target: Target | None = None  # what formats were chosen for, measured; None: one format for all
     predicted_kl: float | None = None  # mean divergence of the next token that the chosen formats are thought to make
+    yardstick: Yardstick | None = None  # by which that is measured when all is written
 
     @property
     def payload_bytes(self) -> int:
@@ -303,8 +305,10 @@ def aimed_at(
             f"--max-memory {max_memory / 1e6:.0f} MB: measuring what each matrix costs takes {held / 1e6:.0f} MB more "
             f"than the {resident_bytes()[0] / 1e6:.0f} MB that are in use; choose formats by --format and --tensor-type"
         )
-    texts = read_texts(wish, source.tokenizer_files(), plan.config(), source.identity["name"], _no_sample, Path())
-    costs = measured_costs(source, texts, cores(), progress)
+    about = (source.tokenizer_files(), plan.config(), source.identity["name"], _no_sample, Path())
+    texts = read_texts(wish, *about)
+    held_out = read_texts(replace(wish, name=str(EVALUATION_TEXT)), *about)
+    costs, yardstick = measured_costs(source, texts, held_out, cores(), progress)
     open_ones = {
         name: cost for name, cost in costs.items() if not any(re.search(pattern, name) for pattern, _ in tensor_types)
     }
@@ -318,7 +322,13 @@ def aimed_at(
     tensors = tuple(_with_choice(item, found.choices.get(item.spec.name)) for item in plan.tensors)
     summary = _summarize(source, list(tensors), method)
     return replace(
-        plan, tensors=tensors, format=summary.format, group=summary.group, target=target, predicted_kl=found.kl
+        plan,
+        tensors=tensors,
+        format=summary.format,
+        group=summary.group,
+        target=target,
+        predicted_kl=found.kl,
+        yardstick=yardstick,
     )
 
 

@@ -34,6 +34,7 @@ from .calibration import Block, LayerByLayer, bytes_needed
 from .calibration_texts import Texts, read_texts
 from .golden import golden_files
 from .methods import METHODS, Statistics
+from .sensitivity import divergence
 from .writer import GENERATION_FILE, FolderWriter, clear, is_written
 
 if TYPE_CHECKING:
@@ -100,6 +101,10 @@ def write_plan(
                 if progress is not None:
                     progress(Progress(done, plan.n_weights, item.spec.name))
         watched.check("the end")
+        if plan.yardstick is not None:
+            found = divergence(plan.source, plan.yardstick, specs, writer.payload, threads)
+            config["quantization"]["measured_kl"] = float(f"{found:.3g}")
+            writer.set_config(config)
         return writer.finish()
 
 

@@ -9,7 +9,7 @@ and held alone, its other matrices in 8 bits. Decides nothing: allocate.py does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllama.common.formats import CODEBOOKS, FORMATS, TILE_ROWS, TensorSpec, dense, dequantize, pack
+from pyllama.common.formats import CODEBOOKS, FORMATS, TILE_ROWS, TensorSpec, dense, dequantize, pack, unpack
 
 from . import kernels
 from .calibration import (
@@ -40,6 +40,7 @@ CHOICES = tuple(
     for group in groups
 )
 Choice = tuple[str, int]
+Payload = NDArray[np.uint8]
 Report = Callable[[int, int, str], None]  # done, total, what
 
 _PROBE: Choice = ("q4nl", 32)  # what matrices are perturbed by
@@ -102,13 +103,65 @@ def bytes_held(source: Source, tokens: int) -> int:
     return needed
 
 
-def measured_costs(source: Source, texts: Texts, threads: int, progress: Report | None = None) -> dict[str, Costs]:
-    """The costs of every matrix of a model, by canonical name, measured on these texts."""
-    return _Measurement(source, texts, threads, progress).run()
+@dataclass(frozen=True)
+class Yardstick:
+    """What a model makes of some texts, kept to hold a quantized model against it. hidden: float32 [n, dim], normed."""
+
+    texts: Texts
+    hidden: Floats
+
+
+def measured_costs(
+    source: Source, texts: Texts, held_out: Texts, threads: int, progress: Report | None = None
+) -> tuple[dict[str, Costs], Yardstick]:
+    """The costs of every matrix of a model, by canonical name, measured on texts; and what it makes of others."""
+    return _Measurement(source, texts, held_out, threads, progress).run()
+
+
+def divergence(
+    source: Source, yardstick: Yardstick, specs: Sequence[TensorSpec], payload: Callable[[str], bytes], threads: int
+) -> float:
+    """Mean KL divergence of the next token (nats) of the model with these tensors from its source, over the yardstick's
+    texts. payload: that of a tensor. One layer is held at a time; the head's input is not rounded."""
+    known = {spec.name: spec for spec in specs}
+
+    def stored(name: str) -> Payload:
+        return np.frombuffer(payload(name), np.uint8)
+
+    def numbers(name: str) -> Floats:
+        return dequantize(known[name], unpack(known[name], stored(name)))
+
+    ids = np.concatenate(yardstick.texts.ids)
+    scale = np.float32(source.config.get("embedding_scale") or 1)
+    x = numbers("tok_embeddings")[ids] * scale
+    states = HiddenStates(source.config, x, yardstick.texts.lengths, threads)
+    for layer in range(source.config["n_layers"]):
+        names = {role: f"layers.{layer}.{role}" for role in (*ATTENTION, *MLP, "wo", "w_down")}
+        _pass(
+            states,
+            layer,
+            {role: engine_weight(known[name], stored(name)) for role, name in names.items() if name in known},
+        )
+    hidden = np.concatenate(list(states.normed(engine_weight(known["norm"], stored("norm")))))
+    name = "tok_embeddings" if source.config["tied_embeddings"] else "output"
+    head, original, total = numbers(name), source.tensors[name].read(), 0.0
+    for first in range(0, len(hidden), _LOGIT_ROWS):
+        rows = slice(first, first + _LOGIT_ROWS)
+        expected = _log_softmax(yardstick.hidden[rows] @ original.T)
+        total += _kl(np.exp(expected), expected, hidden[rows] @ head.T)
+    return max(total / len(hidden), 0.0)
+
+
+def _pass(states: HiddenStates, layer: int, weights: Mapping[str, Any]) -> None:
+    """Hidden states through a layer."""
+    states.attend(layer, {role: weights[role] for role in ATTENTION if role in weights})
+    states.add(weights["wo"])
+    states.feed({role: weights[role] for role in MLP})
+    states.add(weights["w_down"])
 
 
 class _Measurement:
-    def __init__(self, source: Source, texts: Texts, threads: int, progress: Report | None) -> None:
+    def __init__(self, source: Source, texts: Texts, held_out: Texts, threads: int, progress: Report | None) -> None:
         self._source, self._config, self._threads, self._progress = source, source.config, threads, progress
         self._tied = bool(self._config["tied_embeddings"])
         self._errors: dict[str, _Errors] = {}
@@ -122,11 +175,15 @@ class _Measurement:
             return HiddenStates(self._config, rows[where] * scale, texts.lengths, threads)
 
         self._base = states(rows)
+        self._texts = held_out
+        self._held_out = HiddenStates(
+            self._config, embedding.read(np.concatenate(held_out.ids)) * scale, held_out.lengths, threads
+        )
         rough, error = _probed("tok_embeddings", rows, None)
         self._embedded = _Stream("tok_embeddings", range(0), states(rough), error * embedding.shape[0] / len(rows))
         self._streams.append(self._embedded)
 
-    def run(self) -> dict[str, Costs]:
+    def run(self) -> tuple[dict[str, Costs], Yardstick]:
         n_layers = self._config["n_layers"]
         for layer in range(n_layers):
             if self._progress is not None:
@@ -136,12 +193,17 @@ class _Measurement:
                 self._streams += [_Stream(role, depth, self._base.copy()) for role in MATRICES]
                 self._streams.append(_Stream(_CHANCE, depth, self._nudged(layer)))
             self._through(layer)
-        kl = self._divergences()
+        norm = self._norm()
+        kl = self._divergences(norm)
         found = {}
         for name, errors in self._errors.items():
             a = kl[errors.stream]
             found[name] = Costs(errors.n_bytes, {choice: a * e for choice, e in errors.by_choice.items()})
-        return found
+        return found, Yardstick(self._texts, np.concatenate(list(self._held_out.normed(norm))))
+
+    def _norm(self) -> Any:
+        spec = TensorSpec("norm", "f32", self._source.tensors["norm"].shape)
+        return engine_weight(spec, pack(spec, dense(spec, self._source.tensors["norm"].read())))
 
     def _nudged(self, layer: int) -> HiddenStates:
         states, rng = self._base.copy(), np.random.Generator(np.random.PCG64(layer))
@@ -187,10 +249,8 @@ class _Measurement:
             mine = dict(weights)
             if stream.role in rough and stream in active:
                 mine[stream.role] = rough[stream.role]
-            stream.states.attend(layer, {role: mine[role] for role in ATTENTION if role in mine})
-            stream.states.add(mine["wo"])
-            stream.states.feed({role: mine[role] for role in MLP})
-            stream.states.add(mine["w_down"])
+            _pass(stream.states, layer, mine)
+        _pass(self._held_out, layer, weights)
 
     def _add_errors(self, name: str, values: Floats, statistics: Statistics | None, stream: tuple[str, int]) -> None:
         rows = _sampled_rows(values.shape)
@@ -202,10 +262,8 @@ class _Measurement:
             errors.n_bytes[choice] = spec.payload_bytes
         self._errors[name] = errors
 
-    def _divergences(self) -> dict[tuple[str, int], float]:
+    def _divergences(self, norm: Any) -> dict[tuple[str, int], float]:
         """Of every stream, its divergence over the error that made it."""
-        spec = TensorSpec("norm", "f32", self._source.tensors["norm"].shape)
-        norm = engine_weight(spec, pack(spec, dense(spec, self._source.tensors["norm"].read())))
         name = "tok_embeddings" if self._tied else "output"
         head = self._source.tensors[name].read()
         statistics = gather(self._base.normed(norm), head.shape[1])

@@ -260,6 +260,15 @@ class FolderWriter:
         _write_all(self._fd, rest[:whole])
         self._pending = bytearray(rest[whole:])
 
+    def set_config(self, config: Mapping[str, object]) -> None:
+        """Another config.json of the same model, for what is known only when all tensors are written."""
+        data = config_bytes(config)
+        with self._explained():
+            os.unlink(self._partial / CONFIG_FILE)
+            self._write_file(CONFIG_FILE, data)
+        self._files[CONFIG_FILE] = data
+        self._file_sums[CONFIG_FILE] = hashlib.sha256(data).hexdigest()
+
     def finish(self) -> Path:
         """Writes the checksums, makes everything durable, reads it back and puts the folder in its place."""
         if len(self._checksums) != len(self._specs):
@@ -396,6 +405,9 @@ def is_written(
         folder = read_model_folder(out)
     except ModelFormatError:
         return False
+    about, found = config.get("quantization"), folder.config.get("quantization")
+    if isinstance(about, dict) and isinstance(found, dict) and "measured_kl" in found:  # known only afterwards
+        config = {**config, "quantization": {**about, "measured_kl": found["measured_kl"]}}
     written = {**files, CONFIG_FILE: config_bytes(config)}
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
     tensors = {name: tensor.sha256 or "" for name, tensor in folder.tensors.items()}

@@ -4,6 +4,7 @@ does, and the command."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from quantize import convert
 from quantize.allocate import Allocation, Target, allocate
 from quantize.calibration_texts import Calibration, read_texts
 from quantize.cli import main
-from quantize.compare import compare
+from quantize.compare import EVALUATION_TEXT, compare
 from quantize.convert import make_plan
 from quantize.readers import open_source
 from quantize.sensitivity import CHOICES, Choice, Costs, bytes_held, measured_costs
@@ -109,7 +110,8 @@ def test_costs_say_what_the_whole_model_shows(source: Path, tmp_path: Path) -> N
     texts = read_texts(
         Calibration(tokens=1024), opened.tokenizer_files(), config, "test", lambda folder: folder, tmp_path
     )
-    costs = measured_costs(opened, texts, 2)
+    costs, yardstick = measured_costs(opened, texts, texts, 2)
+    assert yardstick.hidden.shape == (sum(texts.lengths), SHAPE.dim)
     matrices = {name for name, tensor in opened.tensors.items() if len(tensor.shape) == 2}
     assert costs.keys() == matrices
     for cost in costs.values():
@@ -149,6 +151,21 @@ def test_a_target_is_better_than_one_format(source: Path, tmp_path: Path) -> Non
     assert other.divergence.kl_mean < 0.8 * one.divergence.kl_mean
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_measured_divergence_is_that_of_compare(tmp_path: Path, tied: bool) -> None:
+    """On the same text, but for the digits that are kept."""
+    shape = replace(SHAPE, tied=tied)
+    folder = tmp_path / "hf"
+    make.write_hf_folder(folder, shape, make.random_weights(shape), dtype="BF16")
+    (folder / "tokenizer.json").write_bytes(byte_tokenizer())
+    made = convert(folder, tmp_path / "out", target_bpw=4.8, method="imatrix")
+    measured = read_model_folder(made).config["quantization"]["measured_kl"]
+    text = EVALUATION_TEXT.read_text("utf-8")
+    assert measured == pytest.approx(compare([made], folder, text)[0].divergence.kl_mean, rel=0.15)
+    again = convert(folder, tmp_path / "out", target_bpw=4.8, method="imatrix", resume=True)
+    assert read_model_folder(again).config["quantization"]["measured_kl"] == measured
+
+
 def test_matrices_that_are_fixed(source: Path, tmp_path: Path) -> None:
     made = convert(source, tmp_path / "out", target_bpw=6.0, tensor_types=[("wq", "f16")])
     formats = {name: tensor.spec.format for name, tensor in read_model_folder(made).tensors.items()}
@@ -163,14 +180,14 @@ def test_the_same_again(source: Path, tmp_path: Path) -> None:
 
 def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(source), "--target-bpw", "5", "--dry-run"]) == 0
-    assert "predicted KL divergence" in capsys.readouterr().out
+    assert "KL divergence predicted" in capsys.readouterr().out
     assert main([str(source), "-o", str(tmp_path / "o"), "--max-kld", "0.5", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["target"] == "divergence 0.5" and record["predicted_kl"] <= 0.5
     from pyllama.cli.main import main as pyllama
 
     assert pyllama(["info", str(tmp_path / "o")]) == 0
-    assert "for divergence 0.5; predicted KL divergence" in capsys.readouterr().out
+    assert "for divergence 0.5; KL divergence predicted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -120,9 +120,8 @@ def text(record: dict[str, Any]) -> str:
     ]
     chosen = config.get("quantization") or {}
     if chosen.get("target"):
-        rows.append(
-            ("formats chosen", f"for {chosen['target']}; predicted KL divergence {chosen.get('predicted_kl', '?')}")
-        )
+        kl = f"predicted {chosen.get('predicted_kl', '?')}, measured {chosen.get('measured_kl', '?')}"
+        rows.append(("formats chosen", f"for {chosen['target']}; KL divergence {kl}"))
     rows += [("memory", _needs(row)) for row in record["memory"]]
     if record["conversion"]:
         rows.append(("conversion", f"{record['conversion']} (when it is opened first, or by quantize)"))
