@@ -119,6 +119,74 @@ py::tuple search_affine(const Array<float>& weights, int group, const Converted<
   return py::make_tuple(std::move(codes), std::move(scales), std::move(offsets));
 }
 
+using Table = std::optional<Converted<float>>;
+using Codes = std::optional<Converted<uint8_t>>;
+
+// The levels of a search's grid, without places.
+convert::ScaleGrid levels_of(std::pair<float, float> levels, const Table& level_of_half, const Codes& code_of_half) {
+  need(level_of_half.has_value() == code_of_half.has_value(), "a codebook needs levels and codes");
+  convert::ScaleGrid grid{levels.first, levels.second, 0, nullptr, nullptr, nullptr, 0};
+  if (level_of_half) {
+    need(level_of_half->size() == convert::kHalves && code_of_half->size() == convert::kHalves, "tables must be [512]");
+    grid.level_of_half = level_of_half->data();
+    grid.code_of_half = code_of_half->data();
+  }
+  return grid;
+}
+
+bool is_shape(const py::array& array, py::ssize_t rows, py::ssize_t columns) {
+  return array.ndim() == 2 && array.shape(0) == rows && array.shape(1) == columns;
+}
+
+py::tuple push_group(const Array<float>& block, const Array<float>& scales, const Array<float>& offsets,
+                     const Array<float>& factor, std::pair<float, float> levels, const Table& level_of_half,
+                     const Codes& code_of_half, const std::string& isa) {
+  const Kernels& kernels = kernels_for(isa);
+  need_aligned(block, scales, offsets, factor);
+  need(block.ndim() == 2 && block.size() > 0 && block.shape(0) <= convert::kMaxGroup, "block must be [1…128, n]");
+  const py::ssize_t width = block.shape(0), n = block.shape(1);
+  need(scales.ndim() == 2 && scales.shape(0) > 0 && scales.shape(0) < 128, "scales must be [trials, n]");
+  need(is_shape(scales, scales.shape(0), n) && is_shape(offsets, scales.shape(0), n), "scales must be [trials, n]");
+  need(is_shape(factor, width, width), "factor must be [width, width]");
+  const convert::ScaleGrid grid = levels_of(levels, level_of_half, code_of_half);
+  Array<float> found({width, n}), errors({width, n});
+  Array<int8_t> chosen(std::vector<py::ssize_t>{n});
+  const convert::Push push{static_cast<int>(width),
+                           n,
+                           block.data(),
+                           scales.data(),
+                           offsets.data(),
+                           static_cast<int>(scales.shape(0)),
+                           factor.data(),
+                           found.mutable_data(),
+                           errors.mutable_data(),
+                           chosen.mutable_data()};
+  {
+    const py::gil_scoped_release release;
+    const FloatEnvironment environment;
+    kernels.push_group(push, grid);
+  }
+  return py::make_tuple(std::move(found), std::move(errors), std::move(chosen));
+}
+
+void move_codes(Array<float> found, Array<float> slope, const Array<float>& scale, const Array<float>& gram,
+                std::pair<float, float> levels, const Table& level_of_half, const Codes& code_of_half,
+                const std::string& isa) {
+  const Kernels& kernels = kernels_for(isa);
+  need_aligned(found, slope, scale, gram);
+  need(found.ndim() == 2 && found.size() > 0 && found.shape(0) <= convert::kMaxGroup, "levels must be [1…128, n]");
+  const py::ssize_t width = found.shape(0), n = found.shape(1);
+  need(is_shape(slope, width, n), "slope must be [width, n]");
+  need(scale.ndim() == 1 && scale.shape(0) == n, "scale must be [n]");
+  need(is_shape(gram, width, width), "gram must be [width, width]");
+  const convert::ScaleGrid grid = levels_of(levels, level_of_half, code_of_half);
+  const convert::Descent descent{static_cast<int>(width), n, scale.data(), gram.data(), found.mutable_data(),
+                                 slope.mutable_data()};
+  const py::gil_scoped_release release;
+  const FloatEnvironment environment;
+  kernels.move_codes(descent, grid);
+}
+
 float largest(const Array<float>& values, const std::string& isa) {
   need_aligned(values);
   const Kernels& kernels = kernels_for(isa);
@@ -190,6 +258,16 @@ void bind_convert(py::module_ m) {
   m.def("search_affine", &search_affine, py::arg("weights").noconvert(), py::arg("group"), py::arg("trials"),
         py::arg("counts") = py::none(), py::arg("isa") = "",
         "float32 [N, K] -> codes uint8 [N, K], f16 bits of scales and of minimums [N, G].");
+  m.def("push_group", &push_group, py::arg("block").noconvert(), py::arg("scales").noconvert(),
+        py::arg("offsets").noconvert(), py::arg("factor").noconvert(), py::arg("levels"),
+        py::arg("level_of_half") = py::none(), py::arg("code_of_half") = py::none(), py::arg("isa") = "",
+        "GPTQ through a group [width, n] under each of some scales [trials, n]: levels and errors [width, n] of the "
+        "best, "
+        "and which it is [n], -1 for none.");
+  m.def("move_codes", &move_codes, py::arg("found").noconvert(), py::arg("slope").noconvert(),
+        py::arg("scale").noconvert(), py::arg("gram").noconvert(), py::arg("levels"),
+        py::arg("level_of_half") = py::none(), py::arg("code_of_half") = py::none(), py::arg("isa") = "",
+        "Coordinate descent through a group's levels [width, n], in place, and so the slope.");
   m.def("largest", &largest, py::arg("values").noconvert(), py::arg("isa") = "",
         "The largest magnitude; infinite if a value is NaN or infinite.");
   m.def("from_f16", &from_f16, py::arg("halves").noconvert(), py::arg("isa") = "",

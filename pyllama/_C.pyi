@@ -206,6 +206,19 @@ class convert:
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
         """[N, K] -> codes [N, K], f16 bits of scales and of minimums [N, G]; trials [n, 2]."""
     @staticmethod
+    def push_group(
+        block: NDArray[np.float32], scales: NDArray[np.float32], offsets: NDArray[np.float32],
+        factor: NDArray[np.float32], levels: tuple[float, float], level_of_half: ArrayLike | None = None,
+        code_of_half: ArrayLike | None = None, isa: str = "",
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int8]]:
+        """GPTQ through a group [width, n] under scales [trials, n]: levels, errors [width, n], which [n], -1 for none."""
+    @staticmethod
+    def move_codes(
+        found: NDArray[np.float32], slope: NDArray[np.float32], scale: NDArray[np.float32], gram: NDArray[np.float32],
+        levels: tuple[float, float], level_of_half: ArrayLike | None = None, code_of_half: ArrayLike | None = None,
+        isa: str = "",
+    ) -> None: ...   # coordinate descent through a group's levels [width, n]; these and the slope in place
+    @staticmethod
     def largest(values: NDArray[np.float32], isa: str = "") -> float: ...   # magnitude; infinite if one is not finite
     @staticmethod
     def from_f16(halves: NDArray[np.uint16], isa: str = "") -> NDArray[np.float32]: ...

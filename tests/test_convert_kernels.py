@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pyllama import _C
 from pyllama.common.errors import ModelFormatError
-from pyllama.common.formats import FORMATS, GROUPS, NUMPY_TILES, Packed, TensorSpec, dense, pack
+from pyllama.common.formats import CODEBOOKS, FORMATS, GROUPS, NUMPY_TILES, Packed, TensorSpec, dense, pack
 from quantize import kernels
-from quantize.methods import quantize_rtn
+from quantize.methods import gptq, quantize_rtn
 from quantize.methods.rtn import Search
 from tests.test_rtn import spec_of
 
@@ -263,3 +264,49 @@ def test_arguments_are_checked() -> None:
             wrong()
     with pytest.raises(TypeError):
         EXTENSION.search_scale(weights.astype(np.float64), 32, (-8, 7), 8, [1.0])
+
+
+@pytest.mark.parametrize("kind", ["normal", "spiky", "ties", "zeros", "any bits"])
+@pytest.mark.parametrize("format", FORMATS_MADE)
+def test_groups_of_gptq(format: str, kind: str) -> None:
+    """Pushing forward and descending through a group, on any number of rows; the same but for the sign of a zero."""
+    rng = np.random.default_rng(7)
+    search = Search(format, CODEBOOKS.get(format))
+    for width, n in ((1, 1), (5, 33), (32, 16), (128, 19)):
+        block = drawn(kind, (width, n), 0.1, 8)
+        scales = drawn("normal", (3, n), 0.01, 9)
+        scales[:, ::5] = 0
+        offsets = drawn("normal", (3, n), 0.01 if search.has_offset else 0, 10)
+        gram = rng.standard_normal((width, width)).astype(np.float32)
+        gram = gram @ gram.T + np.eye(width, dtype=np.float32)
+        factor = np.ascontiguousarray(np.linalg.cholesky(gram).T)
+        found = []
+        for extension in (None, *map(Forced, ISAS)):
+            with using(extension), np.errstate(all="ignore"):
+                levels, errors, chosen = gptq.push(block, scales, offsets, factor, search)
+                moved, slope = levels.copy(), block.copy()
+                gptq.move_codes(moved, scales[0], slope, gram, search)
+                found.append((levels, errors, chosen, moved, slope))
+        for other in found[1:]:
+            for mine, its in zip(other, found[0], strict=True):
+                np.testing.assert_array_equal(mine, its)
+
+
+def test_groups_of_gptq_are_checked() -> None:
+    loops = _C.convert
+    a, row, square = np.zeros((4, 3), np.float32), np.zeros((1, 3), np.float32), np.eye(4, dtype=np.float32)
+    many = np.zeros((128, 3), np.float32)
+    for arguments in (
+        (a, row[:, :2].copy(), row, square),
+        (a, row, row[:, :2].copy(), square),
+        (a, row, row, square[:3].copy()),
+        (np.zeros((129, 3), np.float32), row, row, np.eye(129, dtype=np.float32)),
+        (a, many, many, square),
+    ):
+        with pytest.raises(ValueError):
+            loops.push_group(*arguments, (-8, 7))
+    with pytest.raises(ValueError):
+        loops.push_group(a, row, row, square, (-8, 7), np.zeros(511, np.float32), np.zeros(512, np.uint8))
+    for rest in ((a[:3].copy(), row[0], square), (a, row[0, :2].copy(), square), (a, row[0], square[:2].copy())):
+        with pytest.raises(ValueError):
+            loops.move_codes(a, *rest, (-8, 7))

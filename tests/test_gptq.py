@@ -97,7 +97,9 @@ def test_pushing_forward_is_the_elimination_of_columns() -> None:
     search = Search("q4", None)
     block = np.ascontiguousarray(rng.normal(size=(7, 32)).astype(np.float32)[:, problem.order].T)
     scale, offset = np.full(7, 0.35, np.float32), np.zeros(7, np.float32)
-    found, _, total = gptq._push(block, scale, offset, problem.factor, search)
+    found, errors, chosen = gptq.push(block, scale[None], offset[None], problem.factor, search)
+    total = np.square(errors).sum(axis=0)
+    assert not chosen.any()
 
     left, expected = block.astype(np.float64), np.empty_like(block)
     remaining = np.linalg.inv(problem.gram.astype(np.float64))
@@ -109,6 +111,18 @@ def test_pushing_forward_is_the_elimination_of_columns() -> None:
     assert np.array_equal(found, expected)
     error = (block - expected * scale).astype(np.float64)
     assert total == pytest.approx(np.einsum("kn,kl,ln->n", error, problem.gram, error), rel=1e-3)
+
+
+def test_the_error_of_pushing_forward() -> None:
+    """It is told without a product: (w−q)ᵀ H (w−q) with the damped H."""
+    rng = np.random.default_rng(9)
+    x, weights = inputs(rng, 600, 160), rng.normal(size=(21, 160)).astype(np.float32)
+    problem = gptq._Problem.of(x.T @ x, 64, "w")
+    wanted = np.ascontiguousarray(weights[:, problem.order].T)
+    for format in QUANTIZED:
+        search = Search(format, CODEBOOKS.get(format))
+        state, error = gptq._pushed_forward(wanted, search, problem)
+        assert error == pytest.approx(problem.error(wanted - state.values(problem)), rel=1e-3)
 
 
 def test_descent_ends_where_no_code_is_better_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,12 +40,38 @@ struct Packed {
   uint16_t* offsets;  // [n_rows][n_groups], of affine grids
 };
 
+// A group of some rows, columns by rows, for GPTQ's step through it.
+struct Push {
+  int width;             // of 1 to kMaxGroup
+  int64_t n;             // rows
+  const float* block;    // [width][n] what weights should be
+  const float* scales;   // [n_trials][n]
+  const float* offsets;  // [n_trials][n]
+  int n_trials;          // of 1 to 127
+  const float* factor;   // [width][width] of the inverse of the gram matrix; its upper triangle is read
+  float* levels;         // [width][n]
+  float* errors;         // [width][n] over the factor's diagonal
+  int8_t* chosen;        // [n] which trial; -1 where none gives a number
+};
+
+// The same for coordinate descent.
+struct Descent {
+  int width;
+  int64_t n;
+  const float* scale;  // [n]
+  const float* gram;   // [width][width] symmetric
+  float* levels;       // [width][n] in place
+  float* slope;        // [width][n] half the error's fall along each weight, in place
+};
+
 struct Kernels {
   const char* isa;
   void (*search_scale)(const Matrix& matrix, const ScaleGrid& grid, const Packed& out);
   void (*search_affine)(const Matrix& matrix, const AffineGrid& grid, const Packed& out);
   float (*largest)(const float* values, int64_t n);  // magnitude; infinite if one is NaN or infinite
   void (*from_f16)(const uint16_t* halves, float* out, int64_t n);
+  void (*push_group)(const Push& push, const ScaleGrid& grid);  // `places` is not read
+  void (*move_codes)(const Descent& descent, const ScaleGrid& grid);
 };
 
 extern const Kernels kernels_baseline;

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pyllama.common.errors import QuantizeError
 from pyllama.common.formats import Packed, TensorSpec
 
+from .. import kernels
 from .rtn import Search, check_range, inverse, quantize_rtn, round_f16, round_scale
 from .statistics import Statistics
 
@@ -33,7 +34,7 @@ _MAX_DAMPING = 10.0
 _BLOCK = 256  # columns after which the errors are carried to all that follow
 _FACTORS = np.array([0.92, 0.96, 1.0, 1.04, 1.08], dtype=np.float32)  # of the scale that fits a group best as it stands
 _MIDDLE = np.float32(7.5)  # of the levels of a format with minima
-_ROUNDS = 3
+_ROUNDS = 2  # a third takes off another hundredth of the error
 
 
 def quantize_gptq(weights: Floats, spec: TensorSpec, statistics: Statistics | None) -> Packed:
@@ -52,9 +53,9 @@ def quantize_gptq(weights: Floats, spec: TensorSpec, statistics: Statistics | No
     search = Search(spec.format, spec.codebook or None)
     check_range(weights, search.largest, spec.name)
     wanted = np.ascontiguousarray(weights[:, problem.order].T)
-    state = _pushed_forward(wanted, search, problem)
+    state, error = _pushed_forward(wanted, search, problem)
     plain = _plain(wanted, search, problem)
-    state.take(plain, problem.error(wanted - state.values(problem)) > problem.error(wanted - plain.values(problem)))
+    state.take(plain, error > problem.error(wanted - plain.values(problem)))
     _descend(wanted, state, search, problem)
     return state.packed(spec, search, problem)
 
@@ -173,54 +174,74 @@ def _plain(wanted: Floats, search: Search, problem: _Problem) -> _State:
 # ---- one column after the other --------------------------------------------------------------------------------------
 
 
-def _pushed_forward(wanted: Floats, search: Search, problem: _Problem) -> _State:
-    """GPTQ: the rounding of each column is made good by the columns behind it."""
-    state = _State.empty(problem, wanted.shape[1])
+def _pushed_forward(wanted: Floats, search: Search, problem: _Problem) -> tuple[_State, NDArray[np.float64]]:
+    """GPTQ: the rounding of each column is made good by the columns behind it.
+
+    Also gives (w−q)ᵀ H (w−q) of each row [n], which is the sum of the squares of what columns leave over their factors;
+    infinite where a group could not be rounded.
+    """
+    state, error = _State.empty(problem, wanted.shape[1]), np.zeros(wanted.shape[1])
     left = wanted.copy()  # what the columns that are still to come should be
     first = pending = 0  # columns from `first` on have not had the errors of those before `pending`
     errors = np.empty_like(left)
     for columns, group in problem.groups:
         part = slice(first, columns.start)
         left[columns] -= problem.factor[part, columns].T @ errors[part]
-        _push_group(left[columns], columns, group, errors[columns], state, search, problem)
+        found = _push_group(left[columns], columns, group, errors[columns], state, search, problem)
+        error += np.where(found, np.square(errors[columns]).sum(axis=0), np.inf)
         pending = columns.stop
         if pending - first >= _BLOCK:
             left[pending:] -= problem.factor[first:pending, pending:].T @ errors[first:pending]
             first = pending
-    return state
+    return state, error
 
 
 def _push_group(
     block: Floats, columns: slice, group: int, errors: Floats, state: _State, search: Search, problem: _Problem
-) -> None:
-    """Rounds a group under some scales and keeps, row by row, what gave the least error."""
+) -> NDArray[np.bool_]:
+    """Rounds a group under some scales and keeps, row by row, what gave the least error. False where none was found."""
     factor = np.ascontiguousarray(problem.factor[columns, columns])
     scale, offset = search.fit(block, np.float32(1) / factor.diagonal() ** 2)
-    least = np.full(block.shape[1], np.inf, dtype=np.float32)
-    for share in _FACTORS:
-        trial = round_scale(scale * share)
-        start = round_f16(offset + (scale - trial) * _MIDDLE) if search.has_offset else offset
-        levels, errs, total = _push(block, trial, start, factor, search)
+    scales = round_scale(scale * _FACTORS[:, None])
+    offsets = round_f16(offset + (scale - scales) * _MIDDLE) if search.has_offset else np.zeros_like(scales)
+    levels, errs, chosen = push(block, scales, offsets, factor, search)
+    state.levels[columns], errors[:] = levels, errs
+    found, lane = chosen >= 0, np.arange(len(chosen))
+    state.scales[group] = np.where(found, scales[chosen, lane], 0)
+    state.offsets[group] = np.where(found, offsets[chosen, lane], 0)
+    return found
+
+
+def push(
+    block: Floats, scales: Floats, offsets: Floats, factor: Floats, search: Search
+) -> tuple[Floats, Floats, NDArray[np.int8]]:
+    """A group [width, n] column after column, under each of some scales and minima [trials, n].
+
+    Returns, of the first trial with the least sum of squares, levels [width, n] and each column's error over its factor
+    [width, n], and which trial it is [n]; -1, and zeros, where none gives a number.
+    """
+    extension = kernels.extension()
+    if extension is not None:
+        found: tuple[Floats, Floats, NDArray[np.int8]] = extension.push_group(
+            np.ascontiguousarray(block), scales, offsets, factor, *search.levels_and_tables()
+        )
+        return found
+    best_levels, best_errors = np.zeros_like(block), np.zeros_like(block)
+    least, chosen = np.full(block.shape[1], np.inf, dtype=np.float32), np.full(block.shape[1], -1, dtype=np.int8)
+    for trial, (scale, offset) in enumerate(zip(scales, offsets, strict=True)):
+        left, factors = block.copy(), inverse(scale)
+        levels, errors = np.empty_like(block), np.empty_like(block)
+        total = np.zeros_like(least)
+        for k in range(len(block)):
+            level = search.grid.levels(left[k] - offset, factors, levels[k])
+            np.subtract(left[k], level * scale + offset, out=errors[k])
+            errors[k] *= np.float32(1) / factor[k, k]
+            total += errors[k] * errors[k]
+            left[k + 1 :] -= factor[k, k + 1 :, None] * errors[k]
         better = total < least
-        least[better] = total[better]
-        state.levels[columns][:, better], errors[:, better] = levels[:, better], errs[:, better]
-        state.scales[group][better], state.offsets[group][better] = trial[better], start[better]
-
-
-def _push(
-    block: Floats, scale: Floats, offset: Floats, factor: Floats, search: Search
-) -> tuple[Floats, Floats, Floats]:
-    """Levels of a group [width, n], each column's error over its factor, and the sum of their squares."""
-    left, factors = block.copy(), inverse(scale)
-    levels, errors = np.empty_like(block), np.empty_like(block)
-    total = np.zeros(block.shape[1], dtype=np.float32)
-    for k in range(len(block)):
-        level = search.grid.levels(left[k] - offset, factors, levels[k])
-        np.subtract(left[k], level * scale + offset, out=errors[k])
-        errors[k] *= 1 / factor[k, k]
-        total += errors[k] * errors[k]
-        left[k + 1 :] -= factor[k, k + 1 :, None] * errors[k]
-    return levels, errors, total
+        least[better], chosen[better] = total[better], trial
+        best_levels[:, better], best_errors[:, better] = levels[:, better], errors[:, better]
+    return best_levels, best_errors, chosen
 
 
 # ---- all columns again -----------------------------------------------------------------------------------------------
@@ -235,7 +256,7 @@ def _descend(wanted: Floats, state: _State, search: Search, problem: _Problem) -
             before = state.levels[columns] * state.scales[group] + state.offsets[group]
             gram = np.ascontiguousarray(problem.gram[columns, columns])
             _refit(state, columns, group, slope, gram, search)
-            _move_codes(state, columns, group, slope, gram, search)
+            move_codes(state.levels[columns], state.scales[group], slope, gram, search)
             off[columns] += before - (state.levels[columns] * state.scales[group] + state.offsets[group])
 
 
@@ -267,16 +288,19 @@ def _refit(state: _State, columns: slice, group: int, slope: Floats, gram: Float
         slope -= gram.sum(axis=1)[:, None] * shift
 
 
-def _move_codes(state: _State, columns: slice, group: int, slope: Floats, gram: Floats, search: Search) -> None:
-    """Each column's codes to where the error is least, the others as they are."""
-    levels, scale = state.levels[columns], state.scales[group]
+def move_codes(levels: Floats, scale: Floats, slope: Floats, gram: Floats, search: Search) -> None:
+    """Each column's levels [width, n] to where the error is least, the others as they are; also moves the slope."""
+    extension = kernels.extension()
+    if extension is not None:
+        extension.move_codes(levels, slope, scale, gram, *search.levels_and_tables())
+        return
     factors = inverse(scale)
     for k in range(len(levels)):
-        best = levels[k] * scale + slope[k] * np.float32(1 / gram[k, k])
+        best = levels[k] * scale + slope[k] * (np.float32(1) / gram[k, k])
         moved = search.grid.levels(best, factors, np.empty_like(best))
         change = (moved - levels[k]) * scale
         levels[k] = moved
-        slope -= gram[:, k, None] * change
+        slope -= gram[k, :, None] * change
 
 
 def _dot(a: Floats, b: Floats) -> Floats:

@@ -132,17 +132,28 @@ class Search:
 
     def fit(self, block: Floats, importance: Floats) -> tuple[Floats, Floats]:
         """The best scale and minimum (0 for symmetric formats) of groups [width, groups]; importance: [width]."""
+        extension = kernels.extension()
+        if extension is not None and block.size and extension.largest(block) <= self.largest:
+            packed = self.by_extension(np.ascontiguousarray(block.T), len(block), importance)
+            assert packed.scales is not None
+            scales = packed.scales[:, 0].astype(np.float32)
+            return scales, np.zeros_like(scales) if packed.offsets is None else packed.offsets[:, 0].astype(np.float32)
         found = self.search(block, np.ascontiguousarray(np.broadcast_to(importance[:, None], block.shape)))
         return found.scales, found.offsets if self.format == "q4a" else np.zeros_like(found.scales)
+
+    def levels_and_tables(self) -> tuple[tuple[int, int], Any, Any]:
+        """The grid as the extension's loops take it."""
+        grid = self.grid
+        tables = (grid.level_of_half, grid.code_of_half) if isinstance(grid, _Codebook) else (None, None)
+        return (grid.low, grid.high), *tables
 
     def by_extension(self, weights: Floats, group: int, importance: Floats | None) -> Packed:
         """The same for a whole matrix [N, K] whose weights are in range."""
         if self.format == "q4a":
             found = kernels.extension().search_affine(weights, group, _AFFINE_TRIALS, importance)
             return Packed(found[0], found[1].view(np.float16), found[2].view(np.float16))
-        grid = self.grid
-        tables = (grid.level_of_half, grid.code_of_half) if isinstance(grid, _Codebook) else (None, None)
-        levels, bias = (grid.low, grid.high), getattr(grid, "bias", 0)
+        levels, *tables = self.levels_and_tables()
+        bias = getattr(self.grid, "bias", 0)
         codes, scales = kernels.extension().search_scale(weights, group, levels, bias, self.places, *tables, importance)
         return Packed(codes.view(np.int8) if self.format == "q8" else codes, scales.view(np.float16))
 
