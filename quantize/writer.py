@@ -494,7 +494,7 @@ def _explained(out: Path, left: str = "Nothing was left there") -> Iterator[None
 
 
 def _create(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
 
 
 def _write_all(fd: int, data: bytes | bytearray | memoryview) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pyllama.common.errors import QuantizeError
+from pyllama.common.formats import TensorSpec
 from pyllama.common.model_folder import read_model_folder
 from quantize import convert
 from quantize.allocate import Allocation, Target, allocate
@@ -21,6 +22,7 @@ from quantize.compare import EVALUATION_TEXT, compare
 from quantize.convert import make_plan
 from quantize.readers import open_source
 from quantize.sensitivity import CHOICES, Choice, Costs, bytes_held, measured_costs
+from quantize.writer import FolderWriter
 from tests import make_sources as make
 from tests.make_sources import Shape
 from tests.test_calibration import byte_tokenizer
@@ -208,3 +210,16 @@ def test_what_is_refused(
     assert main([str(source), "-o", str(tmp_path / "out"), *arguments]) in (1, 2)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_already_on_the_disk_is_read_back(tmp_path: Path) -> None:
+    """Measuring reads tensors of a folder that is still being written; large ones no longer wait in memory."""
+    specs = [TensorSpec(name, "f32", (1024, 1024)) for name in ("tok_embeddings", "output")]
+    payloads = [np.full(spec.payload_bytes, i + 1, np.uint8) for i, spec in enumerate(specs)]
+    with FolderWriter(tmp_path / "out", specs, {"a": 1}, {}) as writer:
+        for spec, payload in zip(specs, payloads, strict=True):
+            writer.add_tensor(spec, payload)
+        assert all(writer.payload(spec.name) == data.tobytes() for spec, data in zip(specs, payloads, strict=True))
+        writer.set_config({"a": 2})
+        writer.finish()
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes()) == {"a": 2}
