@@ -39,9 +39,10 @@ class Divergence:
     """Of a model's next-token distributions q from the reference's p, over the tokens of a text, in nats.
 
     kl: KL(p, q) = Σ p·ln(p/q) per token: its mean with the standard error over chunks, median, 99th and 99.9th
-    percentile. top1: share of tokens whose likeliest successor is the same. perplexity: of the text under each, their
-    ratio and its standard error, from the paired differences of the text's own tokens, by chunk. rms_dp: root of the
-    mean squared difference of the probability of the text's own token.
+    percentile; kl_chunks: the mean of each chunk, in order, for statistics over pairs of models. top1: share of tokens
+    whose likeliest successor is the same. perplexity: of the text under each, their ratio and its standard error, from
+    the paired differences of the text's own tokens, by chunk. rms_dp: root of the mean squared difference of the
+    probability of the text's own token.
     """
 
     n_tokens: int
@@ -56,6 +57,7 @@ class Divergence:
     perplexity_ratio: float
     perplexity_ratio_error: float
     rms_dp: float
+    kl_chunks: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ class _Sums:
             perplexity_ratio=ratio,
             perplexity_ratio_error=ratio * _standard_error([a - b for a, b in zip(self._p, self._q, strict=True)]),
             rms_dp=float(np.sqrt(((np.exp(p) - np.exp(q)) ** 2).mean())),
+            kl_chunks=tuple(float(chunk.mean()) for chunk in self._kl),
         )
 
 
