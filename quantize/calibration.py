@@ -87,11 +87,12 @@ def gather(
         n += len(piece)
         for first in range(0, len(piece), _SUM_ROWS):
             squares += np.square(piece[first : first + _SUM_ROWS], dtype=np.float64).sum(axis=0)
-        if original is not None:
-            gram.add(piece, piece)
-            drift.add(original - piece, piece)
-        if residual is not None:
-            lead.add(residual, piece)
+        with np.errstate(over="ignore", invalid="ignore"):  # Statistics.check says it once, and of which tensor
+            if original is not None:
+                gram.add(piece, piece)
+                drift.add(original - piece, piece)
+            if residual is not None:
+                lead.add(residual, piece)
     return Statistics(n, squares, gram.total, drift.total, lead.total)
 
 
@@ -209,11 +210,12 @@ class LayerByLayer:
                 if item.spec.name == "norm":
                     norm = engine_weight(item.spec, (yield from self._whole(item, None)))
                 elif item.spec.name not in self._finished:
-                    wanted = item.spec.name == self._head and self._is_open(item)
-                    exact = None if self._exact is None else self._exact.normed(norm)
-                    yield from self._convert(
-                        [item], gather(self._states.normed(norm), item.spec.shape[1], exact) if wanted else None
-                    )
+                    statistics = None
+                    if item.spec.name == self._head and self._is_open(item):
+                        exact = None if self._exact is None else self._exact.normed(norm)
+                        statistics = gather(self._states.normed(norm), item.spec.shape[1], exact)
+                        statistics.check(item.spec.name)
+                    yield from self._convert([item], statistics)
 
     def _layer(self, layer: int, items: Sequence[Planned]) -> Generator[Block, None, None]:
         weights: dict[str, Any] = {}
@@ -226,6 +228,8 @@ class LayerByLayer:
                 exact = None if self._exact is None else self._advance(self._exact, stage, layer, original)
                 wanted = any(_STAGES.get(_role(other)) == stage and self._is_open(other) for other in items)
                 statistics = gather(inputs, item.spec.shape[1], exact, self._ahead(stage)) if wanted else None
+                if statistics is not None:
+                    statistics.check(item.spec.name)
             weights[_role(item)] = engine_weight(item.spec, (yield from self._whole(item, statistics)))
         self._states.add(weights["w_down"])
         if self._exact is not None:

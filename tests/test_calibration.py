@@ -377,6 +377,31 @@ def test_refusals(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert names(tmp_path) == ["bare", "model"]
 
 
+@pytest.mark.parametrize(("method", "largest"), [("imatrix", 3e38), ("gptq", 1e25)])
+def test_activations_that_leave_float32_are_refused(method: str, largest: float, tmp_path: Path) -> None:
+    """By imatrix, not a number's square would weigh columns, every comparison fails, and most weights become zero."""
+    shape = Shape(vocab_size=259, max_seq_len=256)
+    weights = make.random_weights(shape)
+    weights["layers.0.attn_norm"] = np.full_like(weights["layers.0.attn_norm"], largest)
+    make.write_hf_folder(tmp_path / "hf", shape, weights, dtype="F32")
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(byte_tokenizer())
+    with pytest.raises(QuantizeError, match=r"layers\.0\.wq: its inputs in calibration are not finite, or too large"):
+        convert(tmp_path / "hf", tmp_path / "model", **options(method=method))
+    assert names(tmp_path) == ["hf"]
+
+
+def test_every_sum_is_checked() -> None:
+    some = np.ones((8, 8), np.float32)
+    fine = Statistics(2, np.ones(8), some, some, some)
+    fine.check("w")
+    for name in ("square_sums", "gram", "drift", "ahead"):
+        bad = getattr(fine, name).copy()
+        bad[3] = np.nan
+        spoilt: dict[str, Any] = {name: bad}
+        with pytest.raises(QuantizeError, match="w: its inputs in calibration are not finite"):
+            replace(fine, **spoilt).check("w")
+
+
 def test_without_the_extension(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantize.kernels.extension", lambda: None)
     with pytest.raises(QuantizeError, match=r"pyllama\._C must be built"):

@@ -209,3 +209,14 @@ def test_corrected_weights_are_the_damped_least_squares() -> None:
     gradient = (x @ found.T - original @ weights.T.astype(np.float64) - ahead).T @ x + damping * (found - weights)
     assert np.abs(gradient).max() < 1e-3 * np.abs(ahead.T @ x).max()
     assert Statistics(300, np.diag(gram), known.gram).corrected(weights, slice(0, 12)) is weights
+
+
+def test_inputs_that_say_nothing_correct_nothing() -> None:
+    """The inverse of a gram of the smallest numbers would be infinite, and a sound checkpoint called damaged."""
+    x = np.random.default_rng(10).normal(size=(90, 40)).astype(np.float32) * np.float32(1e-22)
+    known = Statistics(90, np.square(x, dtype=np.float64).sum(axis=0), x.T @ x, x.T @ (x * np.float32(0.1)))
+    weights, spec = np.ones((4, 40), np.float32), spec_of("q4", (4, 40), 32)
+    assert known.gram is not None and known.gram.any()
+    corrected = known.corrected(weights, slice(0, 4))
+    assert np.array_equal(corrected, weights)
+    assert np.isfinite(dequantize(spec, quantize_gptq(corrected, spec, known))).all()

@@ -27,12 +27,16 @@ def quantize_imatrix(
     *,
     name: str = "weights",
 ) -> Packed:
-    """Quantizes a matrix float32 [N, K] under the mean squares of its input [K]; else as `quantize_rtn`."""
-    return quantize_rtn(weights, format, group, codebook, importance=importance(statistics), name=name)
+    """Quantizes a matrix float32 [N, K] under the mean squares of its input [K]; else as `quantize_rtn`.
+
+    Raises QuantizeError, beside that, for mean squares that are not finite: no scale would be better than another.
+    """
+    return quantize_rtn(weights, format, group, codebook, importance=importance(statistics, name), name=name)
 
 
-def importance(statistics: Statistics) -> NDArray[np.float32]:
+def importance(statistics: Statistics, name: str = "weights") -> NDArray[np.float32]:
     """float32 [K] of mean 1 (all 1 where every input is zero)."""
+    statistics.check(name)
     squares = statistics.mean_squares
     mean = squares.mean()
     if not mean > 0:

@@ -15,9 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllama.common.errors import QuantizeError
+
 T = TypeVar("T")
 
 _CORRECTION_DAMPING = 0.1
+_SILENT = 1e-30  # a mean diagonal of gram below which x says nothing: its inverse would leave float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +64,16 @@ class Statistics:
         assert self.gram is not None
         damped = self.gram.astype(np.float64)
         mean = float(damped.diagonal().mean())
-        if not mean > 0:
+        if not mean > _SILENT:
             return np.zeros_like(self.gram)
         damped[np.diag_indices_from(damped)] += _CORRECTION_DAMPING * mean
         return np.linalg.inv(damped).astype(np.float32)
+
+    def check(self, name: str) -> None:
+        """Raises QuantizeError, naming a tensor, where a sum is not finite: under such sums no method works."""
+        for sums in (self.square_sums, self.gram, self.drift, self.ahead):
+            if sums is not None and not np.isfinite(sums).all():
+                raise QuantizeError(f"{name}: its inputs in calibration are not finite, or too large; use --method rtn")
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """make(), computed by whoever asks first and kept as long as these statistics: what all blocks of rows and all
