@@ -143,17 +143,7 @@ def read_generation_config(path: Path) -> dict[str, Any]:
 
 def native_weight(spec: Any, payload: Any) -> Any:
     """A `_C.Weight` over a payload in tiles. `spec`: common.formats.TensorSpec."""
-    return load_native().Weight(
-        spec.name,
-        spec.format,
-        list(spec.shape),
-        payload,
-        group=spec.group,
-        scale=spec.scale,
-        offset=spec.offset,
-        codebook=list(spec.codebook),
-        input_order=spec.input_order,
-    )
+    return load_native().Weight(**spec.arguments, data=payload)
 
 
 def spec_of(weight: Any) -> TensorSpec:

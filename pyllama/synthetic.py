@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .common.formats import CODEBOOKS, FORMATS, TILE_ROWS, TensorSpec, from_float32
+from .common.formats import CODEBOOKS, FORMATS, TILE_ROWS, TensorSpec, aligned_zeros, from_float32
 from .common.model_folder import expected_tensors, is_optional
 from .open import OpenedModel, native_weight
 
@@ -99,7 +99,7 @@ def synthetic_model(
 
 def random_payload(spec: TensorSpec, rng: np.random.Generator) -> NDArray[np.uint8]:
     """A 64-byte aligned payload: uint8 [spec.payload_bytes]. Vectors are ones."""
-    payload = _aligned_zeros(spec.payload_bytes)
+    payload = aligned_zeros(spec.payload_bytes)
     sections = {s.name: payload[s.start : s.start + s.nbytes].view(s.dtype).reshape(s.shape) for s in spec.sections}
     if spec.input_order:
         sections["input_order"][:] = rng.permutation(spec.shape[1])
@@ -143,9 +143,3 @@ def _fill_bytes(out: NDArray[np.uint8], rng: np.random.Generator) -> None:
 def _fill_dense(out: NDArray[Any], spec: TensorSpec, rng: np.random.Generator, scale: float) -> None:
     for tile in out:
         tile[:] = from_float32(rng.standard_normal(tile.shape, dtype=np.float32) * np.float32(scale), spec.format)
-
-
-def _aligned_zeros(n_bytes: int) -> NDArray[np.uint8]:
-    raw = np.zeros(n_bytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + n_bytes]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllama.common.errors import QuantizeError
-from pyllama.common.formats import ALIGN, TensorSpec, dense, dequantize, pack
+from pyllama.common.formats import ALIGN, TensorSpec, aligned_zeros, dense, dequantize, pack
 from pyllama.common.model_folder import expected_tensors
 from pyllama.common.rope import inv_freq
 
@@ -258,7 +258,7 @@ class LayerByLayer:
 
     def _whole(self, item: Planned, statistics: Statistics | None) -> Generator[Block, None, Payload]:
         """Hands on a tensor's blocks; returns its payload."""
-        payload, first = _aligned(item.spec.payload_bytes), 0
+        payload, first = aligned_zeros(item.spec.payload_bytes), 0
         if item.spec.name in self._finished:
             payload[:] = np.frombuffer(self._read_back(item.spec.name), np.uint8)
             return payload
@@ -299,30 +299,13 @@ def _engine() -> Any:
     return _C
 
 
-def _aligned(n_bytes: int) -> Payload:
-    """Zeros that begin at a multiple of 64, as the engine wants a payload."""
-    room = np.zeros(n_bytes + ALIGN, np.uint8)
-    start = -room.ctypes.data % ALIGN
-    return room[start : start + n_bytes]
-
-
 def engine_weight(spec: TensorSpec, payload: Payload) -> Any:
     """A tensor as the engine takes it; a payload that does not lie as it wants is copied."""
     if payload.ctypes.data % ALIGN:
-        there = _aligned(payload.nbytes)
+        there = aligned_zeros(payload.nbytes)
         there[:] = payload
         payload = there
-    return _engine().Weight(
-        spec.name,
-        spec.format,
-        list(spec.shape),
-        payload,
-        group=spec.group,
-        scale=spec.scale,
-        offset=spec.offset,
-        codebook=list(spec.codebook),
-        input_order=spec.input_order,
-    )
+    return _engine().Weight(**spec.arguments, data=payload)
 
 
 def _as_it_is(item: Planned) -> Planned:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllama import _C
-from pyllama.common.formats import FORMATS, Packed, TensorSpec, dense, dequantize, pack
+from pyllama.common.formats import FORMATS, Packed, TensorSpec, aligned_zeros, dense, dequantize, pack
 from pyllama.common.rope import inv_freq
 
 from .oracle import Llama
@@ -151,25 +151,14 @@ def _stored(values: NDArray[Any], number: str) -> NDArray[Any]:
 
 def aligned(payload: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A copy that starts at a multiple of 64, as a mapped payload does."""
-    room = np.zeros(payload.size + 64, dtype=np.uint8)
-    start = -room.ctypes.data % 64
-    room[start : start + payload.size] = payload
-    return room[start : start + payload.size]
+    room = aligned_zeros(payload.size)
+    room[:] = payload
+    return room
 
 
 def native_weight(spec: TensorSpec, packed: Packed) -> Any:
     """The tensor as the engine takes it."""
-    return _C.Weight(
-        spec.name,
-        spec.format,
-        spec.shape,
-        aligned(pack(spec, packed)),
-        group=spec.group,
-        scale=spec.scale,
-        offset=spec.offset,
-        codebook=spec.codebook,
-        input_order=spec.input_order,
-    )
+    return _C.Weight(**spec.arguments, data=aligned(pack(spec, packed)))
 
 
 @dataclass

@@ -232,11 +232,7 @@ def test_nothing_is_read_beyond_the_buffers(kind: Kind) -> None:
     for n, k, m in [(17, 100, 3), (16, 32, 1), (5, 70, 2), (40, 100, 9), (48, 64, 50), *few]:
         spec, packed = make(kind, n, k)
         payload, keep = guarded(pack(spec, packed))
-        codebook = spec.codebook
-        weight = _C.Weight(
-            "w", spec.format, spec.shape, payload, group=spec.group, scale=spec.scale, offset=spec.offset,
-            codebook=codebook, input_order=spec.input_order,
-        )  # fmt: skip
+        weight = _C.Weight(**spec.arguments, data=payload)
         x = np.random.default_rng(0).standard_normal((m, k)).astype(np.float32)
         edge, keep_x = guarded(x)
         at_edge = edge.view(np.float32).reshape(m, k)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 import numpy as np
@@ -82,6 +82,13 @@ STORAGE: dict[str, np.dtype[Any]] = {
 def round_up(n: int, to: int) -> int:
     """The smallest multiple of `to` that is not below `n`."""
     return -(-n // to) * to
+
+
+def aligned_zeros(n_bytes: int) -> NDArray[np.uint8]:
+    """Zeros in memory that begins where the engine wants a payload to."""
+    room = np.zeros(n_bytes + ALIGN, np.uint8)
+    start = -room.ctypes.data % ALIGN
+    return room[start : start + n_bytes]
 
 
 def to_bf16(values: ArrayLike) -> NDArray[np.uint16]:
@@ -208,6 +215,11 @@ class TensorSpec:
     def is_vector(self) -> bool:
         """True for shape [N], stored as it is."""
         return len(self.shape) == 1
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All of it by name, as the engine's `Weight` takes it beside `data`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def n_weights(self) -> int:
