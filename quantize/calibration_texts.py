@@ -8,7 +8,7 @@ is calibration.py's affair.
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
@@ -72,8 +72,8 @@ def read_texts(
 ) -> Texts:
     """The texts of a calibration for the model with these tokenizer files and this config.
 
-    where: what messages call the source. sample: converts the source into a folder that is given, below
-    `place`, for `self`.
+    where: what messages call the source. sample: converts the source into a folder that is given, for `self`: beside
+    `place`, the output, and named after it, so that the next run removes what a killed one has left.
     Raises QuantizeError where there is nothing to make texts of.
     """
     tokenizer = _tokenizer(files, config, where)
@@ -152,8 +152,8 @@ def _sampled(
         from pyllama import LLM
     except ImportError as error:
         raise QuantizeError(f"{where}: the model cannot be sampled from: {error}") from None
-    with tempfile.TemporaryDirectory(prefix=".self-", dir=place) as passing:
-        folder = sample(Path(passing) / "model")
+    folder = sample(place.with_name(f".{place.name}.self"))
+    try:
         with LLM(folder, n_ctx=length) as llm:
             first = np.random.Generator(np.random.PCG64(6)).integers(0, llm.tokenizer.vocab_size, n_texts)
             prompts = [list(opening) or [int(token)] for token in first]
@@ -165,6 +165,8 @@ def _sampled(
                 for seed in range(n_texts)
             ]
             outputs = llm.generate(prompts, choices)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return tuple(
         np.array([*prompt, *output.token_ids], np.int64) for prompt, output in zip(prompts, outputs, strict=True)
     )

@@ -79,7 +79,7 @@ def write_plan(
     specs, config = [item.spec for item in plan.tensors], plan.config()
     threads = threads or min(_MAX_THREADS, cores())
     target = Path(out).resolve()
-    texts = _texts(plan, files, config, target.parent, max_memory, threads)
+    texts = _texts(plan, files, config, target, max_memory, threads)
     files |= golden_files(files, config, plan.source.identity["name"])
     watched = _Watched((*plan.source.files, *read_now))
     if resume and is_written(target, specs, config, files, after=watched.newest):
@@ -109,9 +109,9 @@ def write_plan(
 
 
 def _texts(
-    plan: Plan, files: dict[str, bytes], config: dict[str, Any], place: Path, max_memory: int | None, threads: int
+    plan: Plan, files: dict[str, bytes], config: dict[str, Any], target: Path, max_memory: int | None, threads: int
 ) -> Texts | None:
-    """The texts of a plan that calibrates, which its config then tells of. place: where there is room for a model."""
+    """The texts of a plan that calibrates, which its config then tells of. target: the output."""
     if plan.calibration is None:
         return None
 
@@ -124,9 +124,11 @@ def _texts(
                 f"--max-memory {max_memory / 1e6:.0f} MB: to sample from the model it is opened whole, "
                 f"{whole.payload_bytes / 1e6:.0f} MB; calibrate with a file"
             )
-        return write_plan(whole, folder, max_memory=max_memory, threads=threads)
+        # What a killed run has left there is taken if it is whole, else replaced.
+        left = folder.exists()
+        return write_plan(whole, folder, overwrite=True, resume=left, max_memory=max_memory, threads=threads)
 
-    texts = read_texts(plan.calibration, files, config, plan.source.identity["name"], sample, place)
+    texts = read_texts(plan.calibration, files, config, plan.source.identity["name"], sample, target)
     config["quantization"]["calibration"] = texts.record()
     return texts
 

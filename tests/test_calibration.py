@@ -348,8 +348,35 @@ def test_self(source: Path, tmp_path: Path) -> None:
         return convert(source, path)
 
     opened = open_source(source)
-    texts = read_texts(Calibration("self", 1), opened.tokenizer_files(), opened.config, "here", sample, tmp_path)
+    texts = read_texts(
+        Calibration("self", 1), opened.tokenizer_files(), opened.config, "here", sample, tmp_path / "fourth"
+    )
     assert [list(ids) for ids in texts.ids] == [said]
+
+
+@pytest.mark.parametrize("moment", ["written", "half written", "another model"])
+def test_what_a_killed_run_sampled_from_is_removed(
+    moment: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of nobody's beside each output of each killed run would fill the disk."""
+    if moment == "half written":
+        (tmp_path / "..model.self.partial").mkdir()
+        (tmp_path / "..model.self.partial" / "model.safetensors").write_bytes(b"half")
+    else:
+        convert(source, tmp_path / ".model.self", format="q8" if moment == "another model" else None)
+    out = convert(source, tmp_path / "model", **options(calibration="self"))
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    assert listing(out) == listing(convert(source, clean / "model", **options(calibration="self")))
+    assert names(tmp_path) == ["clean", "model"] and names(clean) == ["model"]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "generate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, clean / "second", **options(calibration="self"))
+    assert names(clean) == ["model"]
 
 
 def test_config_tells_of_it(whole: Path, source: Path) -> None:
