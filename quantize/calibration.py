@@ -61,7 +61,12 @@ def bytes_needed(plan: Plan) -> int:
     q_dim = config["n_heads"] * config["head_dim"]
     widest: int = max(config["dim"], q_dim, config["hidden_dim"])
     texts = (plan.calibration.tokens + TEXT_TOKENS) * 4
-    layer = sum(item.spec.payload_bytes for item in plan.tensors if item.spec.name.startswith("layers.0."))
+    layers: dict[int, int] = {}  # whose formats may differ
+    for item in plan.tensors:
+        at = _layer_of(item.spec.name)
+        if at is not None:
+            layers[at] = layers.get(at, 0) + item.spec.payload_bytes
+    layer = max(layers.values(), default=0)
     # The sums and a chunk's share of them, and what a method makes of them, some of it in float64.
     sums = 4 * widest * widest * 12 if gram else 0
     if gram:  # the original model's stream and a layer of its own

@@ -246,6 +246,11 @@ def test_memory_that_calibration_takes_is_counted(source: Path) -> None:
     row = 4 * (SHAPE.dim + SHAPE.hidden_dim)
     assert bytes_needed(many) - bytes_needed(few) == 100_000 * row
     assert bytes_needed(make_plan(open_source(source), format="q4")) == 0
+    held = {}
+    for layer in (0, 1):  # whichever is the largest
+        plan = make_plan(open_source(source), **options(tensor_types=[(rf"layers\.{layer}\.w", "f32")]))
+        held[layer] = bytes_needed(plan)
+    assert held[0] == held[1] > bytes_needed(few) + SHAPE.dim * SHAPE.hidden_dim
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
