@@ -20,11 +20,15 @@ Points = Sequence[tuple[float, float]]
 
 
 def svg_of(compared: Sequence[Comparison]) -> str:
-    """Of one model: relative error by layer and kind of matrix. Of several: divergence by bits per weight."""
+    """Of one model: relative error by layer and kind of matrix. Of several: divergence by bits per weight.
+
+    A model whose divergence is no number has no place.
+    """
     if len(compared) == 1:
         return _errors_by_layer(compared[0])
-    points = [(c.bits_per_weight, max(c.divergence.kl_mean, 1e-7)) for c in compared]
-    names = [c.model.rstrip("/").rsplit("/", 1)[-1] for c in compared]
+    placed = [c for c in compared if math.isfinite(c.divergence.kl_mean)]
+    points = [(c.bits_per_weight, max(c.divergence.kl_mean, 1e-7)) for c in placed]
+    names = [c.model.rstrip("/").rsplit("/", 1)[-1] for c in placed]
     return _chart(
         "Divergence from the reference by size",
         "bits per weight",
@@ -67,7 +71,7 @@ def _chart(
     """Lines over a linear x and a logarithmic y."""
     points = [point for _, line in lines for point in line] + [at for _, at in labels]
     if not points:
-        return _document([_text(_WIDTH / 2, _HEIGHT / 2, "nothing differs", "middle")])
+        return _document([_text(_WIDTH / 2, _HEIGHT / 2, "nothing to show", "middle")])
     x_low, x_high = _widened(min(x for x, _ in points), max(x for x, _ in points))
     y_low, y_high = _decades(min(y for _, y in points), max(y for _, y in points))
 

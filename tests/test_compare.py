@@ -17,7 +17,8 @@ from pyllama.common.formats import dequantize, unpack
 from pyllama.common.model_folder import read_model_folder
 from quantize import convert
 from quantize.cli import main
-from quantize.compare import compare
+from quantize.compare import Comparison, Divergence, compare
+from quantize.plots import svg_of
 from quantize.readers import open_source
 from tests import make_sources as make
 from tests.make_sources import Shape
@@ -150,3 +151,15 @@ def test_a_text_that_is_none_is_refused(
     (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
     assert main(["compare", str(small), "--reference", str(source), "--text", str(tmp_path / "text")]) == 1
     assert "no text in UTF-8" in capsys.readouterr().err
+
+
+def test_a_model_without_a_divergence_has_no_place_in_the_picture() -> None:
+    def compared(name: str, kl: float) -> Comparison:
+        divergence = Divergence(9, kl, *[0.0] * 10)
+        return Comparison(name, "r", "f32", 4.5, 100, divergence, ())
+
+    picture = svg_of([compared("sound", 0.1), compared("broken", float("nan")), compared("lost", float("inf"))])
+    texts = [element.text for element in ElementTree.fromstring(picture).iter() if element.text]
+    assert "sound" in texts and not {"broken", "lost"} & set(texts)
+    nothing = svg_of([compared("broken", float("nan"))] * 2)
+    assert "nothing to show" in nothing
