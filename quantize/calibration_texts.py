@@ -79,7 +79,7 @@ def read_texts(
     tokenizer = _tokenizer(files, config, where)
     length = min(TEXT_TOKENS, config["max_seq_len"])
     opening = tokenizer.encode("", add_special=True) if tokenizer.bos_id is not None else []
-    opening = opening[:1] if opening[:1] == [tokenizer.bos_id] else []
+    opening = opening[:1] if opening[:1] == [tokenizer.bos_id] and length > 1 else []
     n_texts = -(-wish.tokens // length)
     if wish.name == SELF:
         return Texts(SELF, _sampled(sample, place, opening, n_texts, length, where))
@@ -87,12 +87,24 @@ def read_texts(
         documents = package_files("quantize").joinpath("data", _MIX_FILE).read_text("utf-8").split("\f\n")
         texts = _cut(_stream(tokenizer, documents), opening, n_texts - n_texts // _RANDOM_SHARE, length)
         n_random = min(n_texts // _RANDOM_SHARE, len(texts) // (_RANDOM_SHARE - 1))
-        return Texts(MIX, (*texts, *_random(tokenizer, opening, n_random, length)))
+        texts = (*texts, *_random(tokenizer, opening, n_random, length, config["vocab_size"]))
+        return _checked(Texts(MIX, texts), config, where)
     path = Path(wish.name)
     texts = _cut(_stream(tokenizer, _read_file(path, wish.tokens)), opening, n_texts, length)
     if not texts:
         raise QuantizeError(f"{path}: has no text to calibrate with")
-    return Texts(path.name, texts)
+    return _checked(Texts(path.name, texts), config, where)
+
+
+def _checked(texts: Texts, config: Mapping[str, Any], where: str) -> Texts:
+    """The texts, whose ids all have an embedding."""
+    largest, n = max((int(ids.max()) for ids in texts.ids), default=0), config["vocab_size"]
+    if largest >= n:
+        raise QuantizeError(
+            f"{where}: its tokenizer gives token {largest}, and the model has {n}; is it the right tokenizer? "
+            "Else use --method rtn"
+        )
+    return texts
 
 
 def _tokenizer(files: Mapping[str, bytes], config: Mapping[str, Any], where: str) -> Any:
@@ -123,9 +135,10 @@ def _cut(stream: Ids, opening: Sequence[int], n_texts: int, length: int) -> tupl
     return tuple(np.concatenate([np.array(opening, np.int64), stream[at : at + room]]) for at in starts)
 
 
-def _random(tokenizer: Any, opening: Sequence[int], n_texts: int, length: int) -> list[Ids]:
+def _random(tokenizer: Any, opening: Sequence[int], n_texts: int, length: int, vocab_size: int) -> list[Ids]:
     """Tokens drawn evenly from those that have a text: what rare tokens do to a layer, no prose shows."""
-    usable = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.control_ids and tokenizer.token_bytes(i)]
+    known = min(vocab_size, tokenizer.vocab_size)
+    usable = [i for i in range(known) if i not in tokenizer.control_ids and tokenizer.token_bytes(i)]
     rng = np.random.Generator(np.random.PCG64(6))
     room = max(1, length - len(opening))
     drawn = [rng.integers(0, len(usable), room) for _ in range(n_texts)]

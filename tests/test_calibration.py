@@ -389,6 +389,29 @@ def test_config_tells_of_it(whole: Path, source: Path) -> None:
     assert described["method"] == "imatrix" and described["calibration"] == texts_of(source).record()
 
 
+def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """A tokenizer of 259 tokens, prose uses some 230 of them: random ones come from what the model has."""
+    fewer = write_source(tmp_path / "fewer", replace(SHAPE, vocab_size=258))
+    texts = texts_of(fewer, tokens=16 * 256)
+    assert 200 < max(int(ids.max()) for ids in texts.ids) < 258
+    few = write_source(tmp_path / "few", replace(SHAPE, vocab_size=60))
+    with pytest.raises(
+        QuantizeError, match=r"here: its tokenizer gives token \d+, and the model has 60; is it the right"
+    ):
+        texts_of(few)
+    with pytest.raises(QuantizeError, match=r"its tokenizer gives token \d+, and the model has 60"):
+        convert(few, tmp_path / "model", **options())
+    assert names(tmp_path) == ["few", "fewer"]
+
+
+@pytest.mark.parametrize("calibration", ["mix", "self"])
+def test_a_model_of_one_token(calibration: str, tmp_path: Path) -> None:
+    """No room for a token that opens texts."""
+    single = write_source(tmp_path / "single", replace(SHAPE, max_seq_len=1))
+    convert(single, tmp_path / "model", **options(calibration=calibration, calibration_tokens=20))
+    verify(tmp_path / "model")
+
+
 # ---- requests that make no sense -------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 // The SIMD vocabulary on AVX2: half a tile row block in a register. simd_scalar.h says what each word means.
 // With PYLLAMA_DPBUSD defined to a 256-bit dpbusd intrinsic (AVX-VNNI, or AVX-512-VNNI at 256 bits) the dot products
 // use it; otherwise pmaddubsw, which saturates at int16 unless one factor is small: raw 4-bit codes are, and signed
-// weights go in as |w| × sign(a, w), at most 127·127·2.
+// weights go in as |w| × sign(a, w), at most 128·127·2 (q6 multiplies by four).
 #pragma once
 
 #include <immintrin.h>
